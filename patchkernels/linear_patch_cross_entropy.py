@@ -1,0 +1,346 @@
+"""Operator 2 with the head fused in: K-token cross entropy of ``input @ linear_weight.T``, logits never kept.
+
+Rows are taken in chunks whose logits fit a byte budget. A chunk is three matrix products and one pass over its
+logits, which turns them into loss and dlogits in place:
+
+    z = x W^T;   z -> l, dz;   dx = dz W;   dW += dz^T x   (fp32, cast once)
+
+The gradients are formed in the forward, where they are needed and the reduction is a scalar, and scaled out of
+place by the upstream gradient in the backward; ``reduction="none"`` forms them in the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from patchkernels import backend as _backend
+from patchkernels.patch_cross_entropy import (
+    LossOptions,
+    check_arguments,
+    check_range,
+    reduce_losses,
+    softmax_,
+    softmax_to_gradient_,
+    weigh_targets,
+)
+from patchkernels.patch_embedding import accumulation_dtype
+
+# Bytes of logits held at a time. fp32 dW is read and written once a chunk, so few large chunks are fast; a loss
+# without gradients has no dW and takes smaller ones.
+LOGITS_BYTES = {"cuda": 2**30, "cpu": 2**26}
+LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def linear_patch_cross_entropy(
+    input: Tensor,  # (..., D)
+    linear_weight: Tensor,  # (V, D)
+    target: Tensor,  # (..., K), or (...) for K = 1
+    *,
+    linear_bias: Tensor | None = None,  # (V)
+    target_weight: Tensor | None = None,  # (K) or (..., K)
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss_weight: float = 0.0,
+    logits_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""``patch_cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`` without keeping the logits.
+
+    Argument names follow ``torch.nn.functional.linear_cross_entropy``; the loss and its options are those of
+    :func:`patch_cross_entropy`. Three matrix products in all where gradients of a scalar loss are needed, one
+    otherwise; their cost does not depend on K.
+
+    Args:
+        input: hidden states, shape ``(..., D)``; float32, bfloat16, float16 (float64 too on the eager path).
+        linear_weight: the head, shape ``(V, D)``, the dtype of ``input``. Under ``torch.autocast`` both are cast
+            to autocast's dtype, as ``F.linear`` does.
+        target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
+        linear_bias: shape ``(V,)``.
+        logits_bytes: the memory that logits may take at a time; default ``LOGITS_BYTES`` of the device.
+
+    Returns:
+        a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
+        is the logits budget, plus ``4 V D`` bytes for dW in fp32 where the head needs a gradient.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`patch_cross_entropy`; ValueError too for a head or bias whose
+            shape, dtype or device does not fit the input.
+    """
+    if linear_weight.ndim != 2 or input.ndim == 0 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"linear_weight must have shape (V, D) for an input of shape (..., D): got {tuple(linear_weight.shape)} "
+            f"for input {tuple(input.shape)}"
+        )
+    vocab, hidden = linear_weight.shape
+    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
+    check_arguments(input, target, vocab, options, "hidden states (..., D)")
+    if linear_bias is not None and linear_bias.shape != (vocab,):
+        raise ValueError(f"linear_bias must have shape ({vocab},), got {tuple(linear_bias.shape)}")
+    if logits_bytes is not None and logits_bytes < 1:
+        raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and (tensor.dtype != input.dtype or tensor.device != input.device):
+            raise ValueError(
+                f"{name} must have the dtype and device of input ({input.dtype} on {input.device}), "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    x = input.reshape(-1, hidden)
+    rows, coefficient = weigh_targets(input, target, target_weight, ignore_index, reduction)
+    engine = _backend.resolve(backend, input)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
+    budgets = LOGITS_BYTES if any(needs) and reduction != "none" else LOGITS_BYTES_LOSS_ONLY
+    budget = logits_bytes or budgets.get(device, budgets["cuda"])
+    if reduction == "none" or not any(needs):
+        losses = _LinearLosses.apply(x, linear_weight, linear_bias, rows, needs, options, budget, engine)
+        return reduce_losses(losses, coefficient, target.shape, reduction)
+    loss: Tensor = _LinearLoss.apply(x, linear_weight, linear_bias, rows, coefficient, needs, options, budget, engine)[
+        0
+    ]
+    return loss
+
+
+class _LinearLoss(torch.autograd.Function):
+    """``sum c l`` for a given matrix c, gradients formed in the forward and scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        c: Tensor,
+        needs: list[bool],
+        options: LossOptions,
+        budget: int,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        scale, unit = _unit_scale(c)
+        losses, *grads = _linear_op(x, weight, bias, target, unit, needs, options, budget, backend)
+        return (losses * c).sum(), scale, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.needs = inputs[5]
+        ctx.dtype = inputs[0].dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        scale, *grads = ctx.saved_tensors
+        return *_scale_gradients(grads, grad * scale, ctx.needs, ctx.dtype), *(None,) * 6
+
+
+class _LinearLosses(torch.autograd.Function):
+    """``l (N, K)``; the backward recomputes the logits, since it is told c only then."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        needs: list[bool],
+        options: LossOptions,
+        budget: int,
+        backend: str,
+    ) -> Tensor:
+        return _linear_op(x, weight, bias, target, None, [False] * 3, options, budget, backend)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, target, ctx.needs, ctx.options, ctx.budget, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, bias, target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, target = ctx.saved_tensors
+        scale, unit = _unit_scale(grad)
+        _, *grads = _linear_op(x, weight, bias, target, unit, ctx.needs, ctx.options, ctx.budget, ctx.backend)
+        return *_scale_gradients(grads, scale, ctx.needs, x.dtype), *(None,) * 5
+
+
+def _unit_scale(c: Tensor) -> tuple[Tensor, Tensor]:
+    """``c = scale * unit`` with ``|unit| <= 1``: dlogits of order 1 do not vanish in fp16, whatever N is."""
+    scale = c.abs().amax() if c.numel() else c.sum()
+    return scale, torch.where(scale != 0, c / torch.where(scale != 0, scale, 1), 0)
+
+
+def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    """Out of place, so that a second backward finds them as they were; the one cast of dW happens here."""
+    return [(g * scale).to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]
+
+
+def _linear_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    c: Tensor | None,
+    needs: list[bool],
+    options: LossOptions,
+    budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.patchkernels.linear_patch_cross_entropy(
+        x, weight, bias, target, c, needs, *options, budget, backend
+    )
+    return out
+
+
+def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A custom op's body runs under the caller's autocast, which would cast our fp32 sums."""
+
+    @functools.wraps(function)
+    def body(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return body
+
+
+@torch.library.custom_op("patchkernels::linear_patch_cross_entropy", mutates_args=())
+@_without_autocast
+def _linear(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    target: Tensor,  # (N, K)
+    c: Tensor | None,  # (N, K), dL/dl; None: losses only
+    needs: list[bool],  # gradients of x, weight, bias
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss_weight: float,
+    logits_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D) and db (V) in fp32; empty if not needed
+    options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
+    losses, dx, dw, db = _outputs(x, weight, target, c, needs)
+    dw.zero_(), db.zero_()
+    if backend == "eager":
+        check_range(target, len(weight), ignore_index)
+    chunk = chunk_rows(len(x), len(weight) * x.element_size(), logits_bytes)
+    buffer = _logits_buffer(min(chunk, len(x)), weight)
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        z = buffer[: len(x[rows])]
+        torch.mm(x[rows], weight.T, out=z) if bias is None else torch.addmm(bias, x[rows], weight.T, out=z)
+        dz = _losses_and_dlogits(z, target[rows], None if c is None else c[rows], losses[rows], options, backend)
+        if dz is None:
+            continue
+        if needs[0]:
+            torch.mm(dz.to(x.dtype), weight, out=dx[rows])
+        if needs[1]:
+            _add_product(dw, dz.T, x[rows])
+        if needs[2]:
+            db += dz.sum(0, dtype=db.dtype)
+    return losses, dx, dw, db
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    c: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss_weight: float,
+    logits_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x, weight, target, c, needs)
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, target: Tensor, c: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    wanted = [c is not None and needed for needed in needs]
+    return (
+        x.new_empty(target.shape, dtype=dtype),
+        x.new_empty(x.shape if wanted[0] else (0,)),
+        x.new_empty(weight.shape if wanted[1] else (0,), dtype=dtype),
+        x.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=dtype),
+    )
+
+
+@register_flop_formula(torch.ops.patchkernels.linear_patch_cross_entropy)
+def _flops(
+    x_shape: Any,
+    w_shape: Any,
+    bias: Any,
+    target: Any,
+    c: Any,
+    needs: Any,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    """``2 N V D`` for the logits, and as much for dx and for dW."""
+    products = 1 if c is None else 1 + needs[0] + needs[1]
+    return int(2 * x_shape[0] * x_shape[1] * w_shape[0] * products)
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
+    """Rows a chunk: even chunks within the budget, in multiples of 128 where that costs no more than the budget."""
+    most = max(1, budget // max(row_bytes, 1))
+    if rows <= most:
+        return max(rows, 1)
+    even = -(-rows // -(-rows // most))
+    return min(-(-even // 128) * 128, most)
+
+
+def _logits_buffer(rows: int, weight: Tensor) -> Tensor:
+    """``(rows, V)`` whose rows begin on 16-element boundaries, for vector loads and cuBLAS at any V."""
+    vocab = len(weight)
+    return weight.new_empty(rows, -(-vocab // 16) * 16)[:, :vocab]
+
+
+def _losses_and_dlogits(
+    z: Tensor, target: Tensor, c: Tensor | None, losses: Tensor, options: LossOptions, backend: str
+) -> Tensor | None:
+    """Fills ``losses``; the logits ``z``, our own buffer, become dlogits. None where no gradient is wanted."""
+    if backend == "triton":
+        from patchkernels.kernels import cross_entropy as kernels
+
+        kernels.loss_and_gradient_(z, target, c, losses, options)
+        return None if c is None else z
+    p = z.to(accumulation_dtype(z.dtype))
+    losses[:], lse, slope = softmax_(p, target, options)
+    return None if c is None else softmax_to_gradient_(p, target, c, lse, slope, options)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in the dtype of ``total``; on a GPU from 16-bit factors, without a copy of them."""
+    if a.is_cuda and a.dtype == b.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
