@@ -147,16 +147,14 @@ def _eager_forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tens
     patch_size = ids.shape[1]
     if patch_size == 1:
         out = F.embedding(ids[:, 0], weight)
-    else:
-        total = weight[ids[:, 0]].to(accumulation_dtype(weight.dtype))
-        if padding_idx is not None:
-            total.masked_fill_((ids[:, 0] == padding_idx).unsqueeze(1), 0)
-        for slot in range(1, patch_size):
-            rows = weight[ids[:, slot]]
-            if padding_idx is not None:
-                rows.masked_fill_((ids[:, slot] == padding_idx).unsqueeze(1), 0)
-            total += rows
-        out = total.mul_(inverse_counts(ids, padding_idx, total.dtype).unsqueeze(1)).to(weight.dtype)
+    elif weight.dtype == accumulation_dtype(weight.dtype):
+        out = F.embedding_bag(ids.long(), weight, mode="mean", padding_idx=padding_idx)
+    else:  # embedding_bag would round the sum to 16 bits before it divides
+        total = torch.zeros(len(ids), weight.shape[1], dtype=torch.float32, device=weight.device)
+        for slot in ids.T:
+            rows = weight[slot]
+            total += rows if padding_idx is None else rows.masked_fill_((slot == padding_idx).unsqueeze(1), 0)
+        out = total.mul_(inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)).to(weight.dtype)
     return out if ids.device.type == "cpu" else out.masked_fill_(bad.any(1, keepdim=True), torch.nan)
 
 
