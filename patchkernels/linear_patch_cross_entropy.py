@@ -18,9 +18,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from patchkernels import backend as _backend
+from patchkernels.flops import register_flops
 from patchkernels.patch_cross_entropy import (
     LossOptions,
     check_arguments,
@@ -91,7 +91,7 @@ def linear_patch_cross_entropy(
     if logits_bytes is not None and logits_bytes < 1:
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
     device = input.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors know no autocast
     if autocast and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
@@ -292,7 +292,6 @@ def _outputs(
     )
 
 
-@register_flop_formula(torch.ops.patchkernels.linear_patch_cross_entropy)
 def _flops(
     x_shape: Any,
     w_shape: Any,
@@ -307,6 +306,9 @@ def _flops(
     """``2 N V D`` for the logits, and as much for dx and for dW."""
     products = 1 if c is None else 1 + needs[0] + needs[1]
     return int(2 * x_shape[0] * x_shape[1] * w_shape[0] * products)
+
+
+register_flops(torch.ops.patchkernels.linear_patch_cross_entropy, _flops)
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:

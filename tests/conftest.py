@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them
+
+import patchkernels  # noqa: E402, F401
+
+# transformers imports whatever answers to "kernels"; with the package imported, the checkout may leave the path
+CHECKOUT = Path(__file__).parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
 
 
 @pytest.fixture(autouse=True)
