@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them
 
-import patchkernels  # noqa: E402, F401
+import patchkernels  # noqa: F401
 
 # transformers imports whatever answers to "kernels"; with the package imported, the checkout may leave the path
 CHECKOUT = Path(__file__).parents[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import types
@@ -39,7 +40,7 @@ def gpu(monkeypatch):
                     calls.append((name, kwargs))
                     edges = kwargs["cu_seqlens_q"].tolist()
                     parts = [
-                        module._sdpa(*(t[None, a:b] for t in (q, k, v)), None)[0] for a, b in zip(edges, edges[1:])
+                        module._sdpa(*(t[None, a:b] for t in (q, k, v)), None)[0] for a, b in itertools.pairwise(edges)
                     ]
                     return torch.cat(parts), None
 
@@ -79,7 +80,7 @@ def test_asked_for_by_name_and_not_to_be_had_raises(gpu):
         choose("flash3", CUDA, torch.bfloat16)
     with pytest.raises(RuntimeError, match="flash-attn is not installed"):
         choose("flash2", CUDA, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="bfloat16 or float16, got torch.float32"):
+    with pytest.raises(RuntimeError, match=r"bfloat16 or float16, got torch\.float32"):
         choose("flash2", CUDA, torch.float32)
     with pytest.raises(RuntimeError, match="on cpu"):
         choose("flash2", torch.device("cpu"), torch.bfloat16)
