@@ -105,8 +105,8 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
         ValueError: no text, too few documents for a held-out split, a missing column, an unusable tokenizer.
         OSError: a cache folder that cannot be written.
     """
-    root = Path(config.cache_dir or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")).expanduser()
-    root = root if config.cache_dir else root / "patchkernels"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkernels"
+    root = Path(config.cache_dir).expanduser() if config.cache_dir else user
     root.mkdir(parents=True, exist_ok=True)
     source = _Source(config, root)
     settings = [FORMAT, source.digest, config.text_field, config.validation_fraction, config.document_multiple]
@@ -163,7 +163,7 @@ class _Source:
             return datasets.load_dataset(name, split="train", cache_dir=self.arrow)
         except Exception as error:
             raise FileNotFoundError(
-                f"no file or folder {name!r}; taken as the name of a dataset on the hub, it could not be loaded: {error}"
+                f"no file or folder {name!r}; taken as a dataset's name on the hub, it could not be loaded: {error}"
             ) from error
 
     def documents(self) -> Iterator[str]:
@@ -243,8 +243,9 @@ def _load_tokenizer(file: Path) -> tuple[Any, int]:
     except Exception as error:
         raise ValueError(f"{file} is not a tokenizer that tokenizers reads: {error}") from error
     for name in END_OF_TEXT_NAMES:
-        if tokenizer.token_to_id(name) is not None:
-            return tokenizer, int(tokenizer.token_to_id(name))
+        end_of_text = tokenizer.token_to_id(name)
+        if end_of_text is not None:
+            return tokenizer, end_of_text
     raise ValueError(f"{file} has no end-of-text token: none of {END_OF_TEXT_NAMES}")
 
 
@@ -317,7 +318,8 @@ def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress
         np.save(folder / f"{name}_starts.npy", np.concatenate([[0], np.cumsum(lengths[order])[:-1]]).astype(np.int64))
     del source_ids
     (folder / "source.bin").unlink()
-    counts = {name: int(lengths[[i for _, i in split[side]]].sum()) for name, side in (("train", 0), ("validation", 1))}
+    counts = {"validation": int(lengths[sorted(held_out)].sum())}
+    counts["train"] = int(lengths.sum()) - counts["validation"]
     meta = {
         "tokens": counts,
         "dtype": dtype.name,
