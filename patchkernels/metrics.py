@@ -1,0 +1,102 @@
+"""What a run says of itself: a JSONL log that survives crashes, a live display, and a plot at the end."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Log:
+    """One JSON object a line. Resuming at a step drops the lines after it, which the resumed run writes again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run)
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines; a kill may have left the last one half."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=total_steps)
+        self.total = total_steps
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def step(self, step: int, values: dict[str, Any] | None) -> None:
+        self.bar.update(self.task, completed=step)
+        if values is None:
+            return
+        text = (
+            f"step {step:>6}/{self.total}  phase {values['phase']} (K={values['patch_size']})"
+            f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['raw_tokens_per_second']:,.0f} raw tokens/s"
+        )
+        if "validation_loss" in values:
+            text += f"  validation {values['validation_loss']:.4f}"
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def plot(log: Path, file: Path) -> None:
+    """Validation loss against raw tokens, counted FLOPs and seconds; a dashed line where the phase changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    points = [line for line in lines if "validation_loss" in line]
+    switches = [a for a, b in pairwise(lines) if a["phase"] != b["phase"]]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, key, label in zip(
+        axes, ("raw_tokens", "flops", "seconds"), ("raw tokens", "FLOPs (counted)", "training seconds")
+    ):
+        axis.plot([p[key] for p in points], [p["validation_loss"] for p in points], marker=".", color="tab:blue")
+        for line in switches:
+            axis.axvline(line[key], color="tab:red", linestyle="--", linewidth=1, label="switch of phase")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("token-level validation loss")
+    if switches:
+        axes[0].legend()
+    temporary = file.with_name(f".{file.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(file)

@@ -1,0 +1,361 @@
+"""The training run: corpus -> batches -> PatchLM, phase after phase; checkpoints, log, model and plot at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchkernels.batches import Batches, read_rows, validation_rows
+from patchkernels.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from patchkernels.data import Corpus, DataConfig, prepare
+from patchkernels.metrics import Display, Log, plot
+from patchkernels.model import PatchLM, PatchLMConfig
+from patchkernels.plan import count_flops
+from patchkernels.pretrained import replace_file
+from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
+
+
+@dataclass
+class TrainConfig:
+    """A two-phase training run. The defaults train the demo model on the standard library's source text."""
+
+    out: str = "runs/demo"
+    """The run's folder: checkpoints, log.jsonl, and at the end model/ and plot.png."""
+    model: str = "demo"
+    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b."""
+    qk_norm: bool = False
+    """QK-norm; what is saved is then a Qwen3 instead of a LLaMA."""
+    attention: str = "auto"
+    """auto, sdpa, flash2, flash3 or flash4."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokens: float | None = None
+    """Raw tokens to read in all; None: the corpus once."""
+    phases: str = "4:2/3,1:1/3"
+    """Patch size and share of each phase, in order."""
+    shares_of: str = "data"
+    """Shares of the data (PatchTrain's lambda) or of the steps (TST's r)."""
+    convention: str = "positions"
+    """Constant positions a step (equal FLOPs), or constant raw tokens a step."""
+    batch_size: int = 16
+    """Rows a step."""
+    context: int = 128
+    """Positions of a row in the token phase."""
+    packed_documents: bool = False
+    """No patch straddles a document and no position sees another one."""
+    lr: float = 3e-3
+    warmup: float = 0.05
+    """Share of the steps."""
+    decay: float = 0.1
+    """Share of the steps that WSD decays over."""
+    lr_shape: str = "wsd"
+    """wsd or cosine."""
+    lr_scope: str = "run"
+    """Over the whole run, or anew in each phase."""
+    optimizer_at_switch: str = "carry"
+    """carry (TST) or reset (PatchTrain) AdamW's state where the phase changes."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """Of matrices."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    accumulation: int = 1
+    """Parts that a step's rows are read in."""
+    bf16: bool = False
+    """bf16 autocast."""
+    compile: bool = False
+    """torch.compile; every phase compiles once."""
+    activation_checkpointing: bool = False
+    device: str = "auto"
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 100
+    eval_rows: int = 64
+    """Rows of held-out text, the same in every phase."""
+    save_every: int = 200
+    keep: int = 2
+    """Checkpoints to keep."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "context",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "eval_rows",
+            "save_every",
+            "keep",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation must divide batch_size, got {self.accumulation} and {self.batch_size}")
+        if self.optimizer_at_switch not in ("carry", "reset"):
+            raise ValueError(f"optimizer_at_switch must be 'carry' or 'reset', got {self.optimizer_at_switch!r}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and its run must share; where it lies and how often it speaks may change."""
+        free = {"out", "resume", "log_every", "eval_every", "eval_rows", "save_every", "keep", "device", "compile"}
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["data"].pop("cache_dir")
+        return {key: value for key, value in values.items() if key not in free}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is no longer a number; nothing was updated with it."""
+
+
+class Stopped(SystemExit):
+    """SIGTERM or SIGINT: the step was finished and saved. The exit code is 128 + the signal."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs all phases and returns the run's folder.
+
+    Raises:
+        ValueError: settings that make no sense, or a checkpoint of other settings.
+        FileExistsError: a folder that already holds a run, without ``resume``.
+        NonFiniteError: the loss diverged; the last checkpoint is from before.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        raise RuntimeError(f"this version trains in one process, got WORLD_SIZE={world_size}")
+    phases = parse_phases(config.phases, config.shares_of, config.convention)
+    out = Path(config.out)
+    saved = checkpoints(out / "checkpoints")
+    if saved and not config.resume:
+        raise FileExistsError(f"{out} holds a run; pass --resume to go on with it, or another --out")
+    if config.resume and not saved:
+        raise FileNotFoundError(f"nothing to resume: {out} holds no checkpoint")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+
+    data = config.data
+    if config.packed_documents:
+        data = dataclasses.replace(data, document_multiple=math.lcm(*(p.patch_size for p in phases)))
+    progress = Display(0)
+    progress.say(f"preparing the corpus: {data.path or 'the standard library of this Python'}")
+    corpus = prepare(data)
+    total = int(config.tokens or len(corpus.train))
+    schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
+    run = Run(config, corpus, schedule, rank, world_size)
+    if saved:
+        run.restore(saved[-1])
+    run.loop(out)
+    return out
+
+
+class Run:
+    """The state of a run: model, optimizer, step. Everything else follows from the step."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, schedule: Schedule, rank: int, world_size: int) -> None:
+        self.config, self.corpus, self.schedule = config, corpus, schedule
+        self.lr = LearningRate(config.lr, config.warmup, config.decay, config.lr_shape, config.lr_scope)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device if config.device == "auto" else config.device)
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        longest = max(schedule.positions(phase) for phase in schedule.phases)
+        self.model_config = PatchLMConfig.preset(
+            config.model,
+            vocab_size=corpus.vocab_size,
+            max_position_embeddings=max(longest, config.context),
+            qk_norm=config.qk_norm,
+            attention=config.attention,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        self.model = PatchLM(self.model_config).to(self.device)
+        self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        torch.manual_seed(config.seed + 1 + rank)
+        self.optimizer = self.new_optimizer()
+        packed = config.packed_documents
+        self.batches = Batches(corpus.train, schedule, config.seed, packed=packed, rank=rank, world_size=world_size)
+        rows = validation_rows(corpus.validation, config.context, config.eval_rows)
+        self.validation = read_rows(corpus.validation, rows, config.context, packed)
+        self.step = 0
+        self.seconds = 0.0  # of training steps, evaluation and saving left out
+        self.stop_signal = 0
+        self.phase_flops = [
+            count_flops(self.model_config, config.batch_size, schedule.positions(phase), phase.patch_size)
+            for phase in schedule.phases
+        ]
+
+    def new_optimizer(self) -> torch.optim.AdamW:
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=self.device.type == "cuda")
+
+    def state(self) -> dict[str, Any]:
+        return {"config": self.config.identity(), "corpus": self.corpus.digest, "seconds": self.seconds}
+
+    def restore(self, folder: Path) -> None:
+        state = read_state(folder)
+        mine = {**self.config.identity(), "corpus": self.corpus.digest}
+        theirs = {**state["config"], "corpus": state["corpus"]}
+        differing = [k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)]
+        if differing:
+            changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
+            raise ValueError(f"the checkpoint {folder} is of another configuration ({changes})")
+        load_checkpoint(folder, self.model, self.optimizer)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def loop(self, out: Path) -> None:
+        config, total = self.config, self.schedule.total_steps
+        log = Log(out / "log.jsonl", self.step)
+        with self.signals(), contextlib.closing(log), Display(total) as display:
+            millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+            display.say(
+                f"{config.model}, {millions:.2f}M parameters on {self.device}; {total} steps, phases "
+                + ", ".join(f"K={p.patch_size}: {s} steps" for p, s in zip(self.schedule.phases, self.schedule.steps))
+                + f"; cost {self.schedule.cost:.3f} of token-level training"
+            )
+            while self.step < total:
+                index, within = self.schedule.locate(self.step)
+                if within == 0 and self.step and config.optimizer_at_switch == "reset":
+                    self.optimizer = self.new_optimizer()
+                began, tokens_before = time.perf_counter(), self.schedule.raw_tokens(self.step)
+                values = self.train_step(index)
+                took = time.perf_counter() - began
+                self.seconds += took
+                self.step += 1
+                tokens = self.schedule.raw_tokens(self.step)
+                last = self.step == total
+                switch = last or self.schedule.locate(self.step)[1] == 0
+                logged = switch or self.step % config.log_every == 0
+                evaluated = switch or self.step % config.eval_every == 0
+                if logged or evaluated:
+                    phase = self.schedule.phases[index]
+                    values |= {
+                        "step": self.step, "phase": index + 1, "patch_size": phase.patch_size, "raw_tokens": tokens,
+                        "flops": self.flops(), "seconds": self.seconds,
+                        "raw_tokens_per_second": (tokens - tokens_before) / took,
+                        "positions_per_second": config.batch_size * self.schedule.positions(phase) / took,
+                    }  # fmt: skip
+                    if evaluated:
+                        values |= self.evaluate(phase)
+                    log.write(**values)
+                display.step(self.step, values if logged or evaluated else None)
+                if switch or self.stop_signal or self.step % config.save_every == 0:
+                    save_checkpoint(
+                        out / "checkpoints", self.step, self.model, self.optimizer, self.state(), config.keep
+                    )
+                if self.stop_signal and not last:
+                    display.say(f"stopped by signal {self.stop_signal} after step {self.step}; --resume goes on")
+                    raise Stopped(128 + self.stop_signal)
+            self.finish(out, display)
+
+    def train_step(self, index: int) -> dict[str, Any]:
+        config, phase = self.config, self.schedule.phases[index]
+        lr = self.lr.at(self.step, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
+        parts = [[None] * config.accumulation if t is None else t.chunk(config.accumulation) for t in batch]
+        loss = torch.zeros((), device=self.device)
+        for ids, labels, documents in zip(*parts):
+            part = self.loss(ids, labels, phase, documents) / config.accumulation
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise NonFiniteError(
+                f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}, lr {lr:.3g}; stopped before "
+                "the update. The last checkpoint is from before: a smaller --lr needs a new run"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss_value, "grad_norm": norm_value, "lr": lr}
+
+    def loss(
+        self, ids: Any, labels: Any, phase: Phase, documents: Any, reduction: str = "mean", compiled: bool = True
+    ) -> Tensor:
+        model = self.call if compiled else self.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            loss: Tensor = model(ids, labels, phase.patch_size, reduction, documents)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, phase: Phase) -> dict[str, Any]:
+        """Token-level loss in every phase; in a patch phase also that of each slot, on the same text."""
+        token = self.slot_losses(Phase(1, 1.0))[0]
+        bits = token / math.log(2) / self.corpus.bytes_per_token
+        values: dict[str, Any] = {"validation_loss": token, "validation_bits_per_byte": bits}
+        if phase.patch_size > 1 and self.config.context % phase.patch_size == 0:
+            values["validation_slot_losses"] = self.slot_losses(phase)
+        return values
+
+    def slot_losses(self, phase: Phase) -> list[float]:
+        total = torch.zeros(phase.patch_size, dtype=torch.float64)
+        count = torch.zeros(phase.patch_size, dtype=torch.float64)
+        for rows in range(0, len(self.validation[0]), self.config.batch_size):
+            part = [None if t is None else t[rows : rows + self.config.batch_size] for t in self.validation]
+            ids, labels, documents = (None if t is None else t.to(self.device) for t in part)
+            losses = self.loss(ids, labels, phase, documents, "none", compiled=False).double().cpu()
+            total += losses.sum((0, 1))
+            count += (losses != 0).sum((0, 1))  # an ignored target's loss is exactly 0
+        return (total / count.clamp(min=1)).tolist()
+
+    def flops(self) -> int:
+        """Counted FLOPs of the steps so far."""
+        done = [min(max(self.step - a, 0), s) for a, s in zip(self.schedule.starts, self.schedule.steps)]
+        return sum(n * f for n, f in zip(done, self.phase_flops))
+
+    def finish(self, out: Path, display: Display) -> None:
+        folder = out / "model"
+        end_of_text = self.corpus.end_of_text
+        self.model.save_pretrained(folder, bos_token_id=end_of_text, eos_token_id=end_of_text)
+        name = self.corpus.tokenizer.id_to_token(end_of_text)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name,
+                    "model_max_length": self.model_config.max_position_embeddings}  # fmt: skip
+        tokenizer = self.corpus.tokenizer_file.read_text()
+        replace_file(folder / "tokenizer.json", lambda path: path.write_text(tokenizer))
+        replace_file(folder / "tokenizer_config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+        plot(out / "log.jsonl", out / "plot.png")
+        display.say(
+            f"done: {self.schedule.raw_tokens(self.step):,} raw tokens, {self.flops():.3e} FLOPs, "
+            f"{self.seconds:.0f} s of training.\n"
+            f"saved: {folder} (model and tokenizer), {out / 'log.jsonl'}, {out / 'plot.png'}, {out / 'checkpoints'}\n"
+            f'next: AutoModelForCausalLM.from_pretrained("{folder}") in transformers, or PatchLM.from_pretrained;\n'
+            f"      patchkernels plan --help  for the cost of a larger run"
+        )
+
+    @contextlib.contextmanager
+    def signals(self) -> Any:
+        """SIGTERM and SIGINT let the step finish."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.stop_signal = number
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    from patchkernels.cli import main
+
+    main(["train", *sys.argv[1:]])
