@@ -1,0 +1,316 @@
+"""The run: both phases, resumed anywhere, stopped, diverging, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from patchkernels.batches import Batches
+from patchkernels.checkpoint import checkpoints
+from patchkernels.data import DataConfig
+from patchkernels.metrics import Log, read_log
+from patchkernels.model import PRESETS, PatchLMConfig
+from patchkernels.plan import PlanConfig, count_flops, plan
+from patchkernels.train import NonFiniteError, Stopped, TrainConfig, train
+
+TINY = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
+TIMES = ("seconds", "raw_tokens_per_second", "positions_per_second")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdef", k=3)) for _ in range(50)]
+    for i in range(40):
+        (root / f"{i}.txt").write_text(" ".join(generator.choices(words, k=150)))
+    return root
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    data = DataConfig(path=str(text), vocab_size=300, validation_fraction=0.1, cache_dir=str(text.parent / "cache"))
+    return TrainConfig(
+        out=str(tmp_path / "run"), model="tiny", data=data, batch_size=2, context=16, tokens=1536, phases="4:2/3,1:1/3",
+        log_every=1, eval_every=5, eval_rows=4, save_every=3, device="cpu",
+    )  # fmt: skip
+
+
+def weights(run: Path):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def untimed(run: Path):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(run / "log.jsonl")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert untimed(a) == untimed(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """A crash as the given step begins, with the reading of its batch."""
+    read = Batches.batch
+
+    def batch(self, at):
+        if at == step:
+            raise KeyboardInterrupt
+        return read(self, at)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+
+
+def test_a_run_leaves_model_log_and_plot(config):
+    run = train(config)
+    lines = read_log(run / "log.jsonl")
+    assert [line["patch_size"] for line in lines] == [4] * 8 + [1] * 16
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[7]["raw_tokens"] == 1024
+    assert lines[-1]["raw_tokens"] == 1536
+    flops = [count_flops(dataclasses.replace(TINY, vocab_size=300), 2, 16, k) for k in (4, 1)]
+    assert lines[-1]["flops"] == 8 * flops[0] + 16 * flops[1]
+    evaluated = [line for line in lines if "validation_loss" in line]
+    assert {4, 5, 8, 24} & {line["step"] for line in evaluated} == {5, 8, 24}
+    assert all(len(e.get("validation_slot_losses", [])) == (4 if e["patch_size"] == 4 else 0) for e in evaluated)
+    assert abs(lines[0]["loss"] - math.log(300)) < 0.3
+    assert evaluated[-1]["validation_loss"] < evaluated[0]["validation_loss"]
+    assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert len(checkpoints(run / "checkpoints")) == config.keep
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("abc def", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "abc def"
+    assert model(ids).logits.shape == (1, ids.shape[1], 300)
+
+
+@pytest.mark.parametrize("at", [2, 7, 8, 9, 20])
+@pytest.mark.parametrize("switch", ["carry", "reset"])
+def test_resumed_is_as_if_nothing_had_happened(config, tmp_path, monkeypatch, at, switch):
+    config = dataclasses.replace(config, optimizer_at_switch=switch, save_every=1)
+    straight = train(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, at)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert_same_run(train(dataclasses.replace(config, resume=True)), straight)
+
+
+SCRIPT = """
+import json, sys
+from patchkernels.model import PRESETS, PatchLMConfig
+from patchkernels.data import DataConfig
+from patchkernels.train import TrainConfig, train
+values = json.loads(sys.argv[1])
+PRESETS["tiny"] = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
+values["data"] = DataConfig(**values["data"])
+values["betas"] = tuple(values["betas"])
+train(TrainConfig(**values))
+"""
+
+
+def launch(config: TrainConfig) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(config))]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_at_random_moments(config, tmp_path):
+    config = dataclasses.replace(config, tokens=6144, save_every=2)
+    straight = launch(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    generator = random.Random(os.getpid())
+    for attempt in range(4):
+        run = Path(config.out)
+        found = checkpoints(run / "checkpoints")
+        process = launch(dataclasses.replace(config, resume=bool(found)))
+        done = int(found[-1].name[5:]) if found else 0
+        wait_for_step(run, 31 if attempt == 1 and done < 31 else done + generator.randint(3, 12), process)  # 32: switch
+        time.sleep(generator.random() * 0.01)
+        process.kill()
+        process.communicate()
+    process = launch(dataclasses.replace(config, resume=True))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert straight.communicate(timeout=120) and straight.returncode == 0
+    assert_same_run(Path(config.out), tmp_path / "straight")
+
+
+def test_sigterm_saves_and_exits(config):
+    config = dataclasses.replace(config, tokens=60000, save_every=10**6)
+    process = launch(config)
+    wait_for_step(Path(config.out), 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    (saved,) = checkpoints(Path(config.out) / "checkpoints")
+    assert int(saved.name[5:]) == read_log(Path(config.out) / "log.jsonl")[-1]["step"]
+    assert "--resume" in output
+
+
+def test_signal_number_is_the_exit_code():
+    assert Stopped(143).code == 143
+
+
+def test_divergence_stops_the_run_and_the_last_checkpoint_stays(config, monkeypatch):
+    from patchkernels.train import Run
+
+    loss = Run.loss
+
+    def diverging(self, *args, **kwargs):
+        return loss(self, *args, **kwargs) * (float("nan") if self.step == 7 else 1)
+
+    monkeypatch.setattr(Run, "loss", diverging)
+    with pytest.raises(NonFiniteError, match=r"step 8: loss nan"):
+        train(config)
+    newest = checkpoints(Path(config.out) / "checkpoints")[-1]
+    assert newest.name == "step-00000006"
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"phases": "2:1/4,4:1/4,1:1/2"},
+        {"phases": "1:1/2,4:1/2"},
+        {"convention": "tokens", "batch_size": 4},
+        {"shares_of": "steps"},
+        {"packed_documents": True},
+        {"lr_shape": "cosine", "lr_scope": "phase"},
+        {"bf16": True, "activation_checkpointing": True, "qk_norm": True},
+    ],
+)
+def test_options_train(config, changes):
+    run = train(dataclasses.replace(config, **changes))
+    lines = read_log(run / "log.jsonl")
+    assert lines[-1]["validation_loss"] < math.log(300)
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    once = train(dataclasses.replace(config, batch_size=4))
+    parts = train(dataclasses.replace(config, batch_size=4, accumulation=2, out=str(tmp_path / "parts")))
+    for a, b in zip(untimed(once), untimed(parts)):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend="aot_eager", **o))
+    a = train(config)
+    b = train(dataclasses.replace(config, compile=True, out=str(tmp_path / "compiled")))
+    assert [x["loss"] for x in untimed(a)] == pytest.approx([x["loss"] for x in untimed(b)], rel=1e-4)
+
+
+def test_bad_input(config, tmp_path, monkeypatch):
+    run = train(config)
+    before = (run / "log.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(config)
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.003 there, 0.1 here\)"):
+        train(dataclasses.replace(config, lr=0.1, resume=True))
+    assert (run / "log.jsonl").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(dataclasses.replace(config, out=str(tmp_path / "other"), resume=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(dataclasses.replace(config, out=str(tmp_path / "file" / "run")))
+    with pytest.raises(ValueError, match="'9b'"):
+        train(dataclasses.replace(config, model="9b", out=str(tmp_path / "x")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
+        train(dataclasses.replace(config, out=str(tmp_path / "y")))
+    for bad in ({"batch_size": 0}, {"accumulation": 4}, {"optimizer_at_switch": "keep"}, {"clip": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            dataclasses.replace(config, **{"batch_size": 2, **bad})
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_corrupt_checkpoint(config, monkeypatch, file):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    newest = checkpoints(Path(config.out) / "checkpoints")[-1]
+    content = (newest / file).read_bytes()
+    (newest / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"damaged: {file}"):
+        train(dataclasses.replace(config, resume=True))
+
+
+def test_log_drops_what_a_kill_left_half(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    Log(path, 2).close()
+    assert read_log(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_command_line():
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", "from patchkernels.cli import main; main()", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run("plan", "--model", "124m", "--tokens", "1e9", "--phases", "4:2/3,1:1/3")
+    assert done.returncode == 0, done.stderr
+    assert "0.500x the positions" in " ".join(done.stdout.split())
+    done = run("train", "--phases", "4:2")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "patchkernels: ValueError: the shares must add up to 1, got 2 from '4:2'\n",
+    )
+
+
+@pytest.mark.parametrize(("patch_size", "low"), [(2, 0.4), (4, 0.18), (8, 0.08)])
+def test_counted_flops_of_a_patch_step_on_the_same_tokens(patch_size, low):
+    config = PatchLMConfig.preset("370m")
+    ratio = count_flops(config, 1, 2048 // patch_size, patch_size) / count_flops(config, 1, 2048, 1)
+    assert low < ratio <= 1 / patch_size  # attention is quadratic, so it is less
+
+
+def test_counted_flops_are_the_products():
+    c = PatchLMConfig(300, 16, 24, 3, 2, num_key_value_heads=1)
+    positions = 10
+    linear = c.hidden_size * (2 * 16 + 2 * 8) + 3 * c.hidden_size * c.intermediate_size
+    attention = 2 * positions * c.hidden_size
+    forward = 2 * positions * (c.num_hidden_layers * (linear + attention) + c.hidden_size * c.vocab_size)
+    assert count_flops(c, 5, positions, 4) == 5 * 3 * forward
+
+
+def test_plan():
+    result = plan(PlanConfig(model="124m", tokens=1e9, batch_size=64, context=1024, tflops=100, gpus=2))
+    assert [row["patch_size"] for row in result["phases"]] == [4, 1]
+    assert result["cost_in_positions"] == pytest.approx(0.5)
+    assert result["cost_in_flops"] == pytest.approx(0.5, rel=0.02)
+    assert result["hours"] == pytest.approx(result["flops"] / 2e14 / 3600)
+    assert result["memory_bytes"]["parameters"] == pytest.approx(4 * 123.6e6, rel=0.01)
+    with pytest.raises(ValueError, match="tflops"):
+        plan(PlanConfig(tflops=0))
