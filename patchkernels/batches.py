@@ -78,8 +78,8 @@ def read_rows(tokens: Tokens, starts: list[int], length: int, packed: bool) -> t
 
 
 def validation_rows(tokens: Tokens, context: int, most: int) -> list[int]:
-    """The same token-level rows in every phase: the first of the held-out stream."""
+    """The same token-level rows in every phase: spread evenly over the held-out stream."""
     rows = len(tokens) // context
     if rows < 1:
         raise ValueError(f"the held-out text has {len(tokens)} tokens, fewer than one context of {context}")
-    return [row * context for row in range(min(rows, most))]
+    return [i * rows // min(rows, most) * context for i in range(min(rows, most))]

@@ -67,6 +67,11 @@ def test_packed_rows_mask_padding_and_number_documents():
     assert documents[0].tolist() == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
 
 
+def test_validation_rows_are_whole_distinct_and_spread_over_the_stream():
+    assert validation_rows(stream(30), 8, 10) == [0, 8, 16]
+    assert validation_rows(stream(805), 8, 4) == [0, 200, 400, 600]
+
+
 def test_bad_input():
     schedule = Schedule((Phase(1, 1.0),), 100, 3, 8)
     with pytest.raises(ValueError, match="7 tokens, one row of the schedule 8"):
