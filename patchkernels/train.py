@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from patchkernels.batches import Batches, read_rows, validation_rows
@@ -150,9 +151,14 @@ def train(config: TrainConfig) -> Path:
     data = config.data
     if config.packed_documents:
         data = dataclasses.replace(data, document_multiple=math.lcm(*(p.patch_size for p in phases)))
-    progress = Display(0)
-    progress.say(f"preparing the corpus: {data.path or 'the standard library of this Python'}")
-    corpus = prepare(data)
+    console = Console()
+    console.print(f"preparing the corpus: {data.path or 'the standard library of this Python'}", soft_wrap=True)
+    with console.status("reading") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"{what} {f'{done:,}' if done else ''}{f' of {total:,} documents' if total else ''}")
+
+        corpus = prepare(data, progress)
     total = int(config.tokens or len(corpus.train))
     schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
     run = Run(config, corpus, schedule, rank, world_size)
