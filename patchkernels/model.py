@@ -250,7 +250,8 @@ class Attention(nn.Module):
             rearrange(projection(x), "b p (h d) -> b p h d", d=self.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        # fp32 norm weights would widen q and k under autocast
+        q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
         out = attention(q, k, v, document_ids=documents, backend=self.backend)
         projected: Tensor = self.o_proj(rearrange(out, "b p h d -> b p (h d)"))
         return projected

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from patchkernels.attention import choose
 from patchkernels.batches import Batches, read_rows, validation_rows
 from patchkernels.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from patchkernels.data import Corpus, DataConfig, prepare
@@ -187,6 +188,8 @@ class Run:
             activation_checkpointing=config.activation_checkpointing,
         )
         self.model = PatchLM(self.model_config).to(self.device)
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.attention = choose(config.attention, self.device, dtype)  # raises here if it cannot run
         self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
         torch.manual_seed(config.seed + 1 + rank)
         self.optimizer = self.new_optimizer()
@@ -231,7 +234,8 @@ class Run:
         with self.signals(), contextlib.closing(log), Display(total) as display:
             millions = sum(p.numel() for p in self.model.parameters()) / 1e6
             display.say(
-                f"{config.model}, {millions:.2f}M parameters on {self.device}; {total} steps, phases "
+                f"{config.model}, {millions:.2f}M parameters on {self.device}, attention {self.attention}; "
+                f"{total} steps, phases "
                 + ", ".join(f"K={p.patch_size}: {s} steps" for p, s in zip(self.schedule.phases, self.schedule.steps))
                 + f"; cost {self.schedule.cost:.3f} of token-level training"
             )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle import relative_error
 
 from patchkernels import PatchLM, PatchLMConfig
+from patchkernels import model as model_module
 from patchkernels.model import PRESETS
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +137,19 @@ def test_compiles_and_a_phase_switch_costs_one_recompile(options):
         ids = torch.randint(0, 67, (2, 16 * patch_size))
         torch.testing.assert_close(compiled(ids, ids, patch_size), model(ids, ids, patch_size))
         assert counter.frame_count == count
+
+
+def test_attention_runs_in_autocasts_dtype(monkeypatch):
+    seen = []
+    original = model_module.attention
+    monkeypatch.setattr(
+        model_module,
+        "attention",
+        lambda q, k, v, **o: seen.append({q.dtype, k.dtype, v.dtype}) or original(q, k, v, **o),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        build(qk_norm=True).float()(torch.zeros(1, 4, dtype=torch.long))
+    assert seen == [{torch.bfloat16}] * 2
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -245,6 +245,8 @@ def test_bad_input(config, tmp_path, monkeypatch):
         train(dataclasses.replace(config, out=str(tmp_path / "file" / "run")))
     with pytest.raises(ValueError, match="'9b'"):
         train(dataclasses.replace(config, model="9b", out=str(tmp_path / "x")))
+    with pytest.raises(RuntimeError, match=r"flash2.*cannot run"):
+        train(dataclasses.replace(config, attention="flash2", out=str(tmp_path / "z")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
         train(dataclasses.replace(config, out=str(tmp_path / "y")))
