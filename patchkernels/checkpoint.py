@@ -22,7 +22,8 @@ def save_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"{PREFIX}{step:08d}"
     temporary = root / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in root.glob(f".{PREFIX}*"):  # of a kill
+        shutil.rmtree(leftover)
     temporary.mkdir()
     save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
     moments = optimizer.state_dict()["state"]

@@ -147,7 +147,6 @@ def train(config: TrainConfig) -> Path:
     if config.resume and not saved:
         raise FileNotFoundError(f"nothing to resume: {out} holds no checkpoint")
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
 
     data = config.data
     if config.packed_documents:
@@ -165,6 +164,7 @@ def train(config: TrainConfig) -> Path:
     run = Run(config, corpus, schedule, rank, world_size)
     if saved:
         run.restore(saved[-1])
+    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     run.loop(out)
     return out
 

@@ -158,11 +158,13 @@ def test_killed_at_random_moments(config, tmp_path):
         time.sleep(generator.random() * 0.01)
         process.kill()
         process.communicate()
+    (run / "checkpoints" / ".step-00000099.1").mkdir()  # what a kill while saving leaves
     process = launch(dataclasses.replace(config, resume=True))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert straight.communicate(timeout=120) and straight.returncode == 0
-    assert_same_run(Path(config.out), tmp_path / "straight")
+    assert_same_run(run, tmp_path / "straight")
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_sigterm_saves_and_exits(config):
@@ -232,12 +234,12 @@ def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
 
 def test_bad_input(config, tmp_path, monkeypatch):
     run = train(config)
-    before = (run / "log.jsonl").read_bytes()
+    before = [(run / name).read_bytes() for name in ("log.jsonl", "config.json")]
     with pytest.raises(FileExistsError, match="--resume"):
         train(config)
     with pytest.raises(ValueError, match=r"another configuration \(lr: 0.003 there, 0.1 here\)"):
         train(dataclasses.replace(config, lr=0.1, resume=True))
-    assert (run / "log.jsonl").read_bytes() == before
+    assert [(run / name).read_bytes() for name in ("log.jsonl", "config.json")] == before
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train(dataclasses.replace(config, out=str(tmp_path / "other"), resume=True))
     (tmp_path / "file").write_text("")
