@@ -1,7 +1,7 @@
 """Which raw tokens a step reads: a pure function of the step, so that the data position is the step itself.
 
-The text is cut into units, the largest rows of the schedule. Every epoch permutes the units anew; a phase owns a
-range of them and permutes its rows, the units' equal parts. Each raw token is read once an epoch.
+The text is cut into units, each a whole number of rows in every phase. Every epoch permutes the units anew; a phase
+owns a range of them and permutes its rows, the units' equal parts. Each raw token is read once an epoch.
 """
 
 from __future__ import annotations

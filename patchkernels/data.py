@@ -5,6 +5,7 @@ documents -> held-out split by content -> BPE of the training documents -> ids, 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ FORMAT = 1  # of the cache
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BATCH = 256  # documents encoded at a time
-TEXT_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COLUMN_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkernels"
     root = Path(config.cache_dir).expanduser() if config.cache_dir else user
     root.mkdir(parents=True, exist_ok=True)
-    source = _Source(config, root)
+    source = _Source(config)
     settings = [FORMAT, source.digest, config.text_field, config.validation_fraction, config.document_multiple]
     settings.append(_file_digest(_tokenizer_file(config.tokenizer)) if config.tokenizer else config.vocab_size)
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
@@ -135,10 +136,9 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
 class _Source:
     """The documents of a configuration and a digest of their content."""
 
-    def __init__(self, config: DataConfig, root: Path) -> None:
+    def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.arrow = str(root / "datasets")
-        self.dataset: Any = None
+        self.rows: Any = None  # a dataset of the hub
         self.files: list[Path] = []
         if config.path is None:
             self.files = standard_library()
@@ -147,9 +147,9 @@ class _Source:
         elif Path(config.path).expanduser().is_file():
             self.files = [Path(config.path).expanduser()]
         else:
-            self.dataset = self._hub(config.path)
-        if self.dataset is not None:
-            self.digest = str(self.dataset._fingerprint)
+            self.rows = self._hub(config.path)
+        if self.rows is not None:
+            self.digest = str(self.rows._fingerprint)
         else:
             names = b"".join(bytes.fromhex(_file_digest(path)) for path in self.files)
             self.digest = hashlib.sha256(names).hexdigest()
@@ -157,45 +157,50 @@ class _Source:
     def _hub(self, name: str) -> Any:
         import datasets
 
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in TEXT_KINDS:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in COLUMN_KINDS:
             raise FileNotFoundError(f"no file or folder {name!r}")
         try:
-            return datasets.load_dataset(name, split="train", cache_dir=self.arrow)
+            return datasets.load_dataset(name, split="train")
         except Exception as error:
             raise FileNotFoundError(
                 f"no file or folder {name!r}; taken as a dataset's name on the hub, it could not be loaded: {error}"
             ) from error
 
-    def documents(self) -> Iterator[str]:
-        kinds = {path.suffix for path in self.files}
-        if self.dataset is not None or kinds & set(TEXT_KINDS):
-            yield from self._rows(kinds)
-        elif len(self.files) == 1 and self.config.path is not None:
-            text = _read_text(self.files[0])
-            if text is None:
-                raise ValueError(f"{self.files[0]} is not UTF-8 text")
-            yield from (paragraph for paragraph in text.split("\n\n") if paragraph.strip())
+    def load(self, arrow: Path) -> None:
+        """Local files become a dataset, through Arrow files in the folder ``arrow``: never whole in memory."""
+        column = self.config.text_field
+        if self.rows is None:
+            kind = next((COLUMN_KINDS[path.suffix] for path in self.files if path.suffix in COLUMN_KINDS), "text")
+            if kind == "text":
+                column = "text"
+            self.rows = self._local(kind, arrow)
+        if column not in self.rows.column_names:
+            raise ValueError(f"no column {column!r} in {self.config.path}; it has {self.rows.column_names}")
+        self.rows = self.rows.select_columns([column])
+
+    def _local(self, kind: str, arrow: Path) -> Any:
+        import datasets
+
+        options = {}
+        if kind == "text":
+            files = [path for path in self.files if _is_text(path)]
+            if not files:
+                raise ValueError(f"{self.config.path}: no UTF-8 text")
+            one_file = self.config.path is not None and Path(self.config.path).expanduser().is_file()
+            options["sample_by"] = "paragraph" if one_file else "document"
         else:
-            yield from (text for path in self.files if (text := _read_text(path)) and text.strip())
+            files = [path for path in self.files if COLUMN_KINDS.get(path.suffix) == kind]
+        datasets.disable_progress_bars()
+        names = [str(path) for path in files]
+        try:
+            return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=str(arrow), **options)
+        except Exception as error:
+            raise ValueError(f"{self.config.path} could not be read as {kind}: {error}") from error
 
-    def _rows(self, kinds: set[str]) -> Iterator[str]:
-        rows = self.dataset
-        if rows is None:
-            import datasets
-
-            suffix = next(kind for kind in TEXT_KINDS if kind in kinds)
-            files = [str(path) for path in self.files if path.suffix == suffix]
-            datasets.disable_progress_bars()
-            try:
-                rows = datasets.load_dataset(TEXT_KINDS[suffix], data_files=files, split="train", cache_dir=self.arrow)
-            except Exception as error:
-                raise ValueError(f"{self.config.path} could not be read as {TEXT_KINDS[suffix]}: {error}") from error
-        if self.config.text_field not in rows.column_names:
-            raise ValueError(f"no column {self.config.text_field!r} in {self.config.path}; it has {rows.column_names}")
-        for row in rows.select_columns([self.config.text_field]):
-            text = row[self.config.text_field]
-            if text and text.strip():
-                yield text
+    def documents(self) -> Iterator[str]:
+        (column,) = self.rows.column_names
+        for batch in self.rows.iter(BATCH):
+            yield from (text for text in batch[column] if text and text.strip())
 
 
 def standard_library() -> list[Path]:
@@ -205,13 +210,19 @@ def standard_library() -> list[Path]:
     return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
 
 
-def _read_text(path: Path) -> str | None:
-    """The text, or None for a binary file."""
-    data = path.read_bytes()
-    try:
-        return None if b"\0" in data else data.decode()
-    except UnicodeDecodeError:
-        return None
+def _is_text(path: Path) -> bool:
+    """UTF-8 throughout, without a zero byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        try:
+            while block := file.read(2**20):
+                if b"\0" in block:
+                    return False
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
 def _file_digest(path: Path) -> str:
@@ -273,6 +284,8 @@ def pack(documents: Iterable[list[int]], end_of_text: int, multiple: int) -> Ite
 
 
 def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress) -> None:
+    progress("reading", 0, 0)
+    source.load(folder / "arrow")
     split: dict[bool, list[tuple[bytes, int]]] = {True: [], False: []}
     total = 0
     for text in source.documents():
@@ -318,6 +331,7 @@ def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress
         np.save(folder / f"{name}_starts.npy", np.concatenate([[0], np.cumsum(lengths[order])[:-1]]).astype(np.int64))
     del source_ids
     (folder / "source.bin").unlink()
+    shutil.rmtree(folder / "arrow", ignore_errors=True)  # hub datasets have none here
     counts = {"validation": int(lengths[sorted(held_out)].sum())}
     counts["train"] = int(lengths.sum()) - counts["validation"]
     meta = {

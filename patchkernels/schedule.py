@@ -74,11 +74,6 @@ class Schedule:
                 raise ValueError(
                     f"context must be divisible by the patch size, got {self.context} and {phase.patch_size}"
                 )
-            if self.unit_tokens % self.row_tokens(phase):
-                raise ValueError(
-                    f"patch sizes must divide the largest, got {[p.patch_size for p in self.phases]}: "
-                    "rows of all phases are cut from the same pieces of text"
-                )
         if min(self.steps) < 1:
             raise ValueError(
                 f"{self.total_tokens} tokens give {self.steps} steps by phase at {self.batch_size} rows of "
@@ -95,8 +90,8 @@ class Schedule:
 
     @property
     def unit_tokens(self) -> int:
-        """The largest row: the pieces that text is cut into."""
-        return max(self.row_tokens(phase) for phase in self.phases)
+        """The pieces that text is cut into: whole rows of every phase."""
+        return math.lcm(*(self.row_tokens(phase) for phase in self.phases))
 
     @property
     def steps(self) -> list[int]:

@@ -17,7 +17,7 @@ def stream(length: int) -> Tokens:
 
 
 @given(
-    sizes=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3),
+    sizes=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3),
     batch=st.sampled_from([1, 2, 4]),
     convention=st.sampled_from(["positions", "tokens"]),
     world_size=st.sampled_from([1, 2]),
@@ -28,7 +28,7 @@ def test_every_token_is_read_once_an_epoch(sizes, batch, convention, world_size,
     if batch % world_size:
         return
     phases = tuple(Phase(k, 1 / len(sizes)) for k in sizes)
-    schedule = Schedule(phases, 3000, batch, 8, convention)
+    schedule = Schedule(phases, 3000, batch, 12, convention)
     corpus = stream(4 * 3000)  # one epoch is more than enough
     ranks = [Batches(corpus, schedule, seed, rank=r, world_size=world_size) for r in range(world_size)]
     read = []

@@ -66,6 +66,29 @@ def test_formats(kind, folder, tmp_path):
     assert sorted(found) == sorted(TEXTS)
 
 
+def test_a_dataset_of_the_hub(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"body": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = prepare(config("someone/texts", tmp_path, text_field="body"))
+    assert asked == [("someone/texts", "train")]
+    assert sorted(documents_of(corpus, corpus.train) + documents_of(corpus, corpus.validation)) == sorted(TEXTS)
+    with pytest.raises(ValueError, match=r"no column 'text'.*\['body'\]"):
+        prepare(config("someone/texts", tmp_path))
+
+
+def test_nothing_but_tokens_is_left_in_the_cache(folder, tmp_path):
+    cache = prepare(config(folder, tmp_path)).tokenizer_file.parent
+    names = {"meta.json", "tokenizer.json", "train.bin", "train_starts.npy", "validation.bin", "validation_starts.npy"}
+    assert {path.name for path in cache.iterdir()} == names
+    assert {path.name for path in cache.parent.iterdir()} == {cache.name}
+
+
 def test_cache_is_keyed_by_content_and_settings(folder, tmp_path):
     first = prepare(config(folder, tmp_path))
     assert prepare(config(folder, tmp_path)).digest == first.digest
@@ -131,7 +154,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder '/nowhere/x\.jsonl'"):
         prepare(config("/nowhere/x.jsonl", tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="0 documents"):
+    with pytest.raises(ValueError, match="no UTF-8 text"):
         prepare(config(tmp_path / "empty", tmp_path))
     (tmp_path / "c.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
     with pytest.raises(ValueError, match=r"no column 'text'.*\['body'\]"):
@@ -140,8 +163,11 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match="could not be read as json"):
         prepare(config(tmp_path / "broken.jsonl", tmp_path))
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="no UTF-8 text"):
         prepare(config(tmp_path / "binary.txt", tmp_path))
+    (tmp_path / "one.txt").write_text("a single paragraph")
+    with pytest.raises(ValueError, match="1 documents"):
+        prepare(config(tmp_path / "one.txt", tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
         prepare(config(folder, tmp_path, tokenizer=str(tmp_path / "tokenizer.json")))

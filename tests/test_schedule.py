@@ -97,7 +97,6 @@ def test_nonsense_phases(text, message):
         ({"convention": "rows"}, "'rows'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"context": 6, "convention": "tokens"}, "divisible by the patch size, got 6 and 4"),
-        ({"phases": (Phase(4, 0.5), Phase(3, 0.5))}, r"divide the largest, got \[4, 3\]"),
         ({"total_tokens": 10}, "every phase needs one"),
     ],
 )
