@@ -47,6 +47,30 @@ def loss_and_gradient_(logits: Tensor, target: Tensor, c: Tensor | None, losses:
     _launch(logits, target, c, losses, lse, None if c is None else logits, options, needs_lse=True)
 
 
+def slice_statistics_(
+    logits: Tensor, first: int, target: Tensor, statistics: Tensor, picked: Tensor, options: Any
+) -> None:
+    """Goes on with ``statistics (3, N)``, fp32: max z, sum exp(z - max), sum z, over the classes from ``first`` on.
+
+    Their logits ``(N, v)`` are given; those of targets among them are written to ``picked (N, K)``.
+    """
+    rows, columns = logits.shape
+    if rows:
+        slice_statistics_kernel[(rows,)](
+            logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits), rows,
+            options.ignore_index, options.softcap or 1.0,
+            SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
+            SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+        )  # fmt: skip
+
+
+def slice_gradient_(
+    logits: Tensor, first: int, vocab: int, target: Tensor, c: Tensor, lse: Tensor, options: Any
+) -> None:
+    """The logits ``(N, v)`` of the classes from ``first`` on become their dlogits, in place."""
+    _launch(logits, target, c, None, lse, logits, options, needs_lse=False, first=first, vocab=vocab)
+
+
 def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
@@ -61,17 +85,15 @@ def _launch(
     options: Any,
     *,
     needs_lse: bool,
+    first: int = 0,
+    vocab: int | None = None,
 ) -> None:
-    rows, vocab = logits.shape
+    rows, columns = logits.shape
     if rows == 0:
         return
     slots = target.shape[1]
     target = target.contiguous()
     c = None if c is None else c.contiguous()
-    # Where both strides leave room, whole vectors are moved past the last class and masked in registers.
-    padded = -(-vocab // 16) * 16
-    strides = [t.stride(0) for t in (logits, dlogits) if t is not None]
-    readable = padded if all(stride % 16 == 0 and stride >= padded for stride in strides) else vocab
     patch_cross_entropy_kernel[(rows,)](
         logits,
         target,
@@ -81,8 +103,10 @@ def _launch(
         dlogits if dlogits is not None else logits,
         logits.stride(0),
         logits.stride(0) if dlogits is None else dlogits.stride(0),
-        vocab,
-        readable,
+        first,
+        columns,
+        vocab or columns,
+        _readable(columns, logits, dlogits),
         options.ignore_index,
         options.label_smoothing,
         options.softcap or 1.0,
@@ -93,8 +117,15 @@ def _launch(
         NEEDS_GRAD=dlogits is not None,
         SMOOTHING=options.label_smoothing > 0,
         SOFTCAP=options.softcap is not None,
-        **launch_config(vocab),
+        **launch_config(columns),
     )
+
+
+def _readable(columns: int, *tensors: Tensor | None) -> int:
+    """Where all strides leave room, whole vectors are moved past the last class and masked in registers."""
+    padded = -(-columns // 16) * 16
+    strides = [t.stride(0) for t in tensors if t is not None]
+    return padded if all(stride % 16 == 0 and stride >= padded for stride in strides) else columns
 
 
 @triton.jit
@@ -107,7 +138,38 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
+@triton.jit
+def _online_softmax(
+    logits_ptr,
+    largest,
+    total,
+    sum_z,
+    V,
+    end,  # V, or 0 to read nothing
+    readable,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Goes on with a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` over more columns."""
+    for start in range(0, end, BLOCK_V):
+        offsets = start + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = softcap * _tanh(z / softcap)
+        if SMOOTHING:
+            sum_z += tl.sum(tl.where(offsets < V, z, 0.0), 0)
+        z = tl.where(offsets < V, z, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(z, 0))
+        # a row that so far holds nothing but -inf has no finite shift
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
+        largest = new_largest
+    return largest, total, sum_z
+
+
+@triton.jit(do_not_specialize=["first", "vocab", "ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
 def patch_cross_entropy_kernel(
     logits_ptr,  # (N, V), unit stride along V
     target_ptr,  # (N, K)
@@ -117,7 +179,9 @@ def patch_cross_entropy_kernel(
     dlogits_ptr,  # (N, V), may be the logits
     logits_stride,
     dlogits_stride,
-    V,
+    first,  # the class of the first column
+    V,  # columns
+    vocab,  # classes; more than columns where these are a slice, which NEEDS_LSE excludes
     readable,  # V, or V rounded up to 16 where rows are padded
     ignore_index,
     label_smoothing,
@@ -138,8 +202,9 @@ def patch_cross_entropy_kernel(
     slots = tl.arange(0, BLOCK_K)
     target = tl.load(target_ptr + row * SLOTS + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
     valid = target != ignore_index
-    inside = valid & (target >= 0) & (target < V)  # anything else is never dereferenced
-    picked = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    place = target - first
+    inside = valid & (place >= 0) & (place < V)  # anything else is never dereferenced
+    picked = tl.load(logits_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if SOFTCAP:
         picked_tanh = _tanh(picked / softcap)
         picked = softcap * picked_tanh
@@ -149,22 +214,10 @@ def patch_cross_entropy_kernel(
     end = tl.where(used, V, 0)
 
     if NEEDS_LSE:
-        largest = float("-inf")
-        total = 0.0
-        sum_z = 0.0
-        for start in range(0, end, BLOCK_V):
-            offsets = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                z = softcap * _tanh(z / softcap)
-            if SMOOTHING:
-                sum_z += tl.sum(tl.where(offsets < V, z, 0.0), 0)
-            z = tl.where(offsets < V, z, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(z, 0))
-            # a row that so far holds nothing but -inf has no finite shift
-            shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
-            largest = new_largest
+        zero = tl.full((), 0.0, tl.float32)
+        largest, total, sum_z = _online_softmax(
+            logits_ptr, zero - float("inf"), zero, zero, V, end, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V
+        )
         lse = tl.where(used, largest + tl.log(total), 0.0)
         loss = lse - picked
         if SMOOTHING:
@@ -180,7 +233,7 @@ def patch_cross_entropy_kernel(
         c = tl.load(c_ptr + row * SLOTS + slots, mask=valid & (slots < SLOTS), other=0.0).to(tl.float32)
         total_c = tl.sum(c, 0)
         factor = total_c * (1.0 + 2.0 * z_loss_weight * lse)
-        shared = total_c * label_smoothing / V
+        shared = total_c * label_smoothing / vocab
         for start in range(0, V, BLOCK_V):
             offsets = start + tl.arange(0, BLOCK_V)
             if used:
@@ -202,4 +255,45 @@ def patch_cross_entropy_kernel(
         if SOFTCAP:
             dz *= 1.0 - picked_tanh * picked_tanh
         tl.debug_barrier()
-        tl.store(dlogits_ptr + target, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
+        tl.store(dlogits_ptr + place, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "ignore_index", "softcap"])
+def slice_statistics_kernel(
+    logits_ptr,  # (N, v), unit stride along v
+    target_ptr,  # (N, K)
+    statistics_ptr,  # (3, N), fp32: max z, sum exp(z - max), sum z
+    picked_ptr,  # (N, K), fp32
+    logits_stride,
+    first,  # the class of the first column
+    V,  # columns
+    readable,
+    rows,
+    ignore_index,
+    softcap,
+    SLOTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    slots = tl.arange(0, BLOCK_K)
+    target = tl.load(target_ptr + row * SLOTS + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
+    place = target - first
+    inside = (target != ignore_index) & (place >= 0) & (place < V)
+    picked = tl.load(logits_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        picked = softcap * _tanh(picked / softcap)
+    tl.store(picked_ptr + row * SLOTS + slots, picked, mask=inside)
+
+    largest = tl.load(statistics_ptr + row)
+    total = tl.load(statistics_ptr + rows + row)
+    sum_z = tl.load(statistics_ptr + 2 * rows + row)
+    largest, total, sum_z = _online_softmax(
+        logits_ptr, largest, total, sum_z, V, V, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V
+    )
+    tl.store(statistics_ptr + row, largest)
+    tl.store(statistics_ptr + rows + row, total)
+    tl.store(statistics_ptr + 2 * rows + row, sum_z)

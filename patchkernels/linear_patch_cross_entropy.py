@@ -11,9 +11,7 @@ place by the upstream gradient in the backward; ``reduction="none"`` forms them 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from patchkernels import backend as _backend
 from patchkernels.flops import register_flops
+from patchkernels.linear_low_memory import low_memory_losses
+from patchkernels.linear_parts import (
+    LOGITS_BYTES,
+    LOGITS_BYTES_LOSS_ONLY,
+    add_product,
+    chunk_rows,
+    logits_buffer,
+    unit_scale,
+    without_autocast,
+)
 from patchkernels.patch_cross_entropy import (
     LossOptions,
     check_arguments,
@@ -32,13 +40,7 @@ from patchkernels.patch_cross_entropy import (
 )
 from patchkernels.patch_embedding import accumulation_dtype
 
-# Bytes of logits held at a time. fp32 dW is read and written once a chunk, so few large chunks are fast; a loss
-# without gradients has no dW and takes smaller ones.
-LOGITS_BYTES = {"cuda": 2**30, "cpu": 2**26}
-LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+MEMORIES = ("default", "low")
 
 
 def linear_patch_cross_entropy(
@@ -53,6 +55,7 @@ def linear_patch_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     z_loss_weight: float = 0.0,
+    memory: str = "default",
     logits_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -68,11 +71,15 @@ def linear_patch_cross_entropy(
             to autocast's dtype, as ``F.linear`` does.
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
         linear_bias: shape ``(V,)``.
-        logits_bytes: the memory that logits may take at a time; default ``LOGITS_BYTES`` of the device.
+        memory: ``"default"``, or ``"low"``: the logits exist in vocabulary slices only, dW in no other dtype than its
+            own, for one more matrix product (four). See :mod:`patchkernels.linear_low_memory`.
+        logits_bytes: the memory that logits may take at a time; by default ``LOGITS_BYTES`` of the device, and for
+            ``memory="low"`` 1 % of ``2 N V`` bytes.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
-        is the logits budget, plus ``4 V D`` bytes for dW in fp32 where the head needs a gradient.
+        is the logits budget, plus ``4 V D`` bytes for dW in fp32 where the head needs a gradient; for
+        ``memory="low"`` the logits budget, plus ``4 N D`` bytes where the input is of 16 bits and needs a gradient.
 
     Raises:
         ValueError, TypeError, IndexError: as :func:`patch_cross_entropy`; ValueError too for a head or bias whose
@@ -88,6 +95,8 @@ def linear_patch_cross_entropy(
     check_arguments(input, target, vocab, options, "hidden states (..., D)")
     if linear_bias is not None and linear_bias.shape != (vocab,):
         raise ValueError(f"linear_bias must have shape ({vocab},), got {tuple(linear_bias.shape)}")
+    if memory not in MEMORIES:
+        raise ValueError(f"memory must be one of {MEMORIES}, got {memory!r}")
     if logits_bytes is not None and logits_bytes < 1:
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
     device = input.device.type
@@ -106,6 +115,9 @@ def linear_patch_cross_entropy(
     rows, coefficient = weigh_targets(input, target, target_weight, ignore_index, reduction)
     engine = _backend.resolve(backend, input)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
+    if memory == "low":
+        losses = low_memory_losses(x, linear_weight, linear_bias, rows, needs, options, logits_bytes, engine)
+        return reduce_losses(losses, coefficient, target.shape, reduction)
     budgets = LOGITS_BYTES if any(needs) and reduction != "none" else LOGITS_BYTES_LOSS_ONLY
     budget = logits_bytes or budgets.get(device, budgets["cuda"])
     if reduction == "none" or not any(needs):
@@ -132,7 +144,7 @@ class _LinearLoss(torch.autograd.Function):
         budget: int,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        scale, unit = _unit_scale(c)
+        scale, unit = unit_scale(c)
         losses, *grads = _linear_op(x, weight, bias, target, unit, needs, options, budget, backend)
         return (losses * c).sum(), scale, *grads
 
@@ -178,15 +190,9 @@ class _LinearLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target = ctx.saved_tensors
-        scale, unit = _unit_scale(grad)
+        scale, unit = unit_scale(grad)
         _, *grads = _linear_op(x, weight, bias, target, unit, ctx.needs, ctx.options, ctx.budget, ctx.backend)
         return *_scale_gradients(grads, scale, ctx.needs, x.dtype), *(None,) * 5
-
-
-def _unit_scale(c: Tensor) -> tuple[Tensor, Tensor]:
-    """``c = scale * unit`` with ``|unit| <= 1``: dlogits of order 1 do not vanish in fp16, whatever N is."""
-    scale = c.abs().amax() if c.numel() else c.sum()
-    return scale, torch.where(scale != 0, c / torch.where(scale != 0, scale, 1), 0)
 
 
 def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
@@ -211,19 +217,8 @@ def _linear_op(
     return out
 
 
-def _without_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A custom op's body runs under the caller's autocast, which would cast our fp32 sums."""
-
-    @functools.wraps(function)
-    def body(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return function(*args, **kwargs)
-
-    return body
-
-
 @torch.library.custom_op("patchkernels::linear_patch_cross_entropy", mutates_args=())
-@_without_autocast
+@without_autocast
 def _linear(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -244,7 +239,7 @@ def _linear(
     if backend == "eager":
         check_range(target, len(weight), ignore_index)
     chunk = chunk_rows(len(x), len(weight) * x.element_size(), logits_bytes)
-    buffer = _logits_buffer(min(chunk, len(x)), weight)
+    buffer = logits_buffer(min(chunk, len(x)), weight)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         z = buffer[: len(x[rows])]
@@ -255,7 +250,7 @@ def _linear(
         if needs[0]:
             torch.mm(dz.to(x.dtype), weight, out=dx[rows])
         if needs[1]:
-            _add_product(dw, dz.T, x[rows])
+            add_product(dw, dz.T, x[rows])
         if needs[2]:
             db += dz.sum(0, dtype=db.dtype)
     return losses, dx, dw, db
@@ -311,21 +306,6 @@ def _flops(
 register_flops(torch.ops.patchkernels.linear_patch_cross_entropy, _flops)
 
 
-def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
-    """Rows a chunk: even chunks within the budget, in multiples of 128 where that costs no more than the budget."""
-    most = max(1, budget // max(row_bytes, 1))
-    if rows <= most:
-        return max(rows, 1)
-    even = -(-rows // -(-rows // most))
-    return min(-(-even // 128) * 128, most)
-
-
-def _logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """``(rows, V)`` whose rows begin on 16-element boundaries, for vector loads and cuBLAS at any V."""
-    vocab = len(weight)
-    return weight.new_empty(rows, -(-vocab // 16) * 16)[:, :vocab]
-
-
 def _losses_and_dlogits(
     z: Tensor, target: Tensor, c: Tensor | None, losses: Tensor, options: LossOptions, backend: str
 ) -> Tensor | None:
@@ -338,11 +318,3 @@ def _losses_and_dlogits(
     p = z.to(accumulation_dtype(z.dtype))
     losses[:], lse, slope = softmax_(p, target, options)
     return None if c is None else softmax_to_gradient_(p, target, c, lse, slope, options)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in the dtype of ``total``; on a GPU from 16-bit factors, without a copy of them."""
-    if a.is_cuda and a.dtype == b.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -301,32 +301,63 @@ def check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
 
 def softmax_(z: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor | None]:
     """``l (n, K)``, ``lse (n)``, and the softcap's slope; the logits ``z (n, V)`` become their softmax in place."""
-    slope = None
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_()
-        slope = 1 - z * z
-        z.mul_(options.softcap)
-    valid = target != options.ignore_index
-    bad = valid & ((target < 0) | (target >= z.shape[1]))
-    picked = z.gather(1, torch.where(valid & ~bad, target, 0).long())
+    slope = None if options.softcap is None else cap_(z, options.softcap)
+    picked = z.gather(1, target.clamp(0, z.shape[1] - 1).long())
     largest = z.amax(1)
-    mean = z.mean(1, keepdim=True) if options.label_smoothing else picked
+    mean = z.mean(1) if options.label_smoothing else largest
     torch.softmax(z, 1, out=z)
-    lse = (largest - z.amax(1).log_()).unsqueeze(1)  # the largest probability is exp(largest - lse)
-    losses = lse - (1 - options.label_smoothing) * picked - options.label_smoothing * mean
+    lse = largest - z.amax(1).log_()  # the largest probability is exp(largest - lse)
+    return row_losses(lse, picked, mean, target, z.shape[1], options), lse, slope
+
+
+def cap_(z: Tensor, softcap: float) -> Tensor:
+    """``softcap * tanh(z / softcap)`` in place; returns the slope ``1 - tanh^2``."""
+    z.div_(softcap).tanh_()
+    slope = 1 - z * z
+    z.mul_(softcap)
+    return slope
+
+
+def row_losses(
+    lse: Tensor,  # (n)
+    picked: Tensor,  # (n, K), the targets' logits
+    mean: Tensor,  # (n), over the logits of a row; read with label smoothing alone
+    target: Tensor,  # (n, K)
+    vocab: int,
+    options: LossOptions,
+) -> Tensor:
+    """``l (n, K)`` from the statistics of rows: 0 for ignored targets, NaN for those out of range."""
+    lse = lse.unsqueeze(1)
+    losses = lse - (1 - options.label_smoothing) * picked
+    if options.label_smoothing:
+        losses = losses - options.label_smoothing * mean.unsqueeze(1)
     if options.z_loss_weight:
-        losses += options.z_loss_weight * lse**2
-    return losses.masked_fill_(bad, torch.nan).masked_fill_(~valid, 0), lse.squeeze(1), slope
+        losses = losses + options.z_loss_weight * lse**2
+    losses = losses.masked_fill((target < 0) | (target >= vocab), torch.nan)
+    return losses.masked_fill(target == options.ignore_index, 0)
 
 
 def softmax_to_gradient_(
-    p: Tensor, target: Tensor, c: Tensor, lse: Tensor, slope: Tensor | None, options: LossOptions
+    p: Tensor,
+    target: Tensor,
+    c: Tensor,
+    lse: Tensor,
+    slope: Tensor | None,
+    options: LossOptions,
+    first: int = 0,
+    vocab: int | None = None,
 ) -> Tensor:
-    """``dz = (sum_k c_k) p (1 + 2 z_loss lse) - (1-e) sum_k c_k onehot(t_k) - e/V sum_k c_k``, over ``p`` in place."""
+    """``dz = (sum_k c_k) p (1 + 2 z_loss lse) - (1-e) sum_k c_k onehot(t_k) - e/V sum_k c_k``, over ``p`` in place.
+
+    ``p`` may be the classes from ``first`` on of a vocabulary of ``vocab``.
+    """
     c = c.masked_fill(target == options.ignore_index, 0)
     total = c.sum(1, keepdim=True)
     p.mul_(total * (1 + 2 * options.z_loss_weight * lse.unsqueeze(1)) if options.z_loss_weight else total)
     if options.label_smoothing:
-        p.sub_(total * (options.label_smoothing / p.shape[1]))
-    p.scatter_add_(1, target.clamp(0, p.shape[1] - 1).long(), c * (options.label_smoothing - 1))
+        p.sub_(total * (options.label_smoothing / (vocab or p.shape[1])))
+    place = target - first
+    inside = (place >= 0) & (place < p.shape[1])
+    c = torch.where(inside, c * (options.label_smoothing - 1), 0)
+    p.scatter_add_(1, place.clamp(0, p.shape[1] - 1).long(), c)
     return p if slope is None else p.mul_(slope)

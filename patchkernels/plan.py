@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from patchkernels.linear_patch_cross_entropy import LOGITS_BYTES
+from patchkernels.linear_parts import LOGITS_BYTES
 from patchkernels.model import PatchLM, PatchLMConfig
 from patchkernels.schedule import Schedule, parse_phases
 

@@ -43,7 +43,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         "lse_ptr": "*fp32",
                     }
                     signature |= dict.fromkeys(
-                        ("logits_stride", "dlogits_stride", "V", "readable", "ignore_index"), "i32"
+                        ("logits_stride", "dlogits_stride", "first", "V", "vocab", "readable", "ignore_index"), "i32"
                     )
                     signature |= dict.fromkeys(("label_smoothing", "softcap", "z_loss_weight"), "fp32")
                     constants = {
@@ -61,6 +61,22 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         constants,
                         config["num_warps"],
                     )
+        for option in ("plain", "all"):
+            config = cross_entropy.launch_config(1024)
+            constants = {"SLOTS": 4, "BLOCK_K": 4, "SMOOTHING": option == "all", "SOFTCAP": option == "all"}
+            cases[f"slice_statistics-{dtype}-1024-{option}"] = (
+                cross_entropy.slice_statistics_kernel,
+                {
+                    "logits_ptr": "*" + dtype,
+                    "target_ptr": "*i64",
+                    "statistics_ptr": "*fp32",
+                    "picked_ptr": "*fp32",
+                    **dict.fromkeys(("logits_stride", "first", "V", "readable", "rows", "ignore_index"), "i32"),
+                    "softcap": "fp32",
+                },
+                {**constants, "BLOCK_V": config["BLOCK_V"]},
+                config["num_warps"],
+            )
     return cases
 
 

@@ -16,11 +16,13 @@ from patchkernels import (
     patch_cross_entropy,
     reference,
 )
+from patchkernels.linear_patch_cross_entropy import MEMORIES
 from patchkernels.patch_cross_entropy import REDUCTIONS
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 BACKENDS = ("eager", "triton")
+FORMS = ("logits", "linear", "low memory")
 OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
@@ -45,7 +47,12 @@ def targets(rows: int, slots: int, vocab: int, ignored: float = 0.3, ignore_inde
 
 def both_operators(backend: str):
     """(name, ours, reference, inputs' shapes): the same test for both forms of operator 2."""
-    fused = {"logits_bytes": 700, "backend": backend}  # a few rows a chunk
+    fused = {"logits_bytes": 700, "backend": backend}  # a few rows a chunk, a few classes a slice
+    linear_inputs = lambda rows, vocab, dtype: [  # noqa: E731
+        normal(rows, 6, dtype=dtype),
+        normal(vocab, 6, dtype=dtype),
+        normal(vocab, dtype=dtype),
+    ]
     return {
         "logits": (
             lambda z, **o: patch_cross_entropy(z, backend=backend, **o),
@@ -55,11 +62,12 @@ def both_operators(backend: str):
         "linear": (
             lambda x, w, b, **o: linear_patch_cross_entropy(x, w, linear_bias=b, **fused, **o),
             lambda x, w, b, **o: reference.linear_patch_cross_entropy(x, w, linear_bias=b, **o),
-            lambda rows, vocab, dtype: [
-                normal(rows, 6, dtype=dtype),
-                normal(vocab, 6, dtype=dtype),
-                normal(vocab, dtype=dtype),
-            ],
+            linear_inputs,
+        ),
+        "low memory": (
+            lambda x, w, b, **o: linear_patch_cross_entropy(x, w, linear_bias=b, memory="low", **fused, **o),
+            lambda x, w, b, **o: reference.linear_patch_cross_entropy(x, w, linear_bias=b, **o),
+            linear_inputs,
         ),
     }
 
@@ -74,14 +82,14 @@ def check(form, backend, rows, vocab, dtype, target, **options):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), ENGINES)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("rows", "slots", "vocab"), [(7, 4, 301), (5, 1, 128), (1, 3, 37), (3, 17, 9)])
 def test_values_and_gradients(form, backend, dtype, rows, slots, vocab):
     check(form, backend, rows, vocab, dtype, targets(rows + 2, slots, vocab)[:rows])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_options_and_reductions(form, backend, option, reduction):
@@ -90,7 +98,7 @@ def test_options_and_reductions(form, backend, option, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_target_weight(form, backend, reduction, per_row):
@@ -116,7 +124,7 @@ def test_one_target_a_row_is_torch_cross_entropy(backend, reduction, label_smoot
             lambda x, w: F.cross_entropy(x @ w.T, target, **options), x, w)  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 def test_leading_dimensions_and_single_rows(form):
     ours, eager, inputs = both_operators("eager")[form]
     first, *rest = inputs(6, 20, torch.float64)
@@ -150,7 +158,7 @@ def test_two_means_agree_where_nothing_is_ignored_and_differ_where_something_is(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 def test_all_ignored_gives_zero_loss_and_zero_gradients(form, backend, reduction):
     ours, _, inputs = both_operators(backend)[form]
     target = torch.full((4, 3), -100, device=DEVICE)
@@ -161,7 +169,7 @@ def test_all_ignored_gives_zero_loss_and_zero_gradients(form, backend, reduction
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_rows_give_zero(form, backend, reduction):
     ours, _, inputs = both_operators(backend)[form]
@@ -174,7 +182,7 @@ def test_no_rows_give_zero(form, backend, reduction):
 
 @given(data=st.data(), rows=st.integers(1, 6), slots=st.integers(1, 6), vocab=st.integers(1, 40))
 @settings(max_examples=40, deadline=None)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 def test_any_targets_and_weights(form, data, rows, slots, vocab):
     label = st.one_of(st.just(-100), st.integers(0, vocab - 1))
     draw = lambda element: torch.tensor(  # noqa: E731
@@ -209,12 +217,13 @@ def test_statistics_and_loss_are_fp32(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_head_gradient_is_summed_over_chunks_in_fp32_and_cast_once(backend):
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_head_gradient_is_summed_over_chunks_in_fp32_and_cast_once(backend, memory):
     x, w = normal(64, 8, dtype=torch.bfloat16), normal(40, 8, dtype=torch.bfloat16).requires_grad_()
     target = torch.randint(0, 40, (64, 4), device=DEVICE)
     gradients = []
     for logits_bytes in (2**20, 2 * 48 * 2):  # one chunk, chunks of two rows
-        loss = linear_patch_cross_entropy(x, w, target, logits_bytes=logits_bytes, backend=backend)
+        loss = linear_patch_cross_entropy(x, w, target, logits_bytes=logits_bytes, backend=backend, memory=memory)
         gradients += torch.autograd.grad(loss, w)
     torch.testing.assert_close(*gradients, rtol=2**-7, atol=1e-6)  # at most one step of bf16 apart
 
@@ -233,22 +242,25 @@ def test_gradient_at_a_certain_target_is_formed_before_rounding(backend, repeate
     torch.testing.assert_close(gradient[0, 7].double(), exact, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend):
+def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend, memory):
     """Each row's dlogits are 1 / N of what they are alone, below fp16's smallest number, if formed after the mean."""
     x, w = normal(4096, 4, dtype=torch.float16).requires_grad_(), normal(16, 4, dtype=torch.float16)
     target = torch.randint(0, 16, (4096, 1), device=DEVICE)
-    loss = linear_patch_cross_entropy(x, w, target, backend="eager" if DEVICE == "cpu" else backend) * 2.0**14
+    backend = "eager" if DEVICE == "cpu" else backend
+    loss = linear_patch_cross_entropy(x, w, target, backend=backend, memory=memory) * 2.0**14
     (gradient,) = torch.autograd.grad(loss, x)
     xd = x.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(reference.linear_patch_cross_entropy(xd, w.double(), target) * 2.0**14, xd)
     assert (gradient.double() - exact).norm() < 2e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_frozen_input_weight_or_bias(backend, reduction, frozen):
+def test_frozen_input_weight_or_bias(backend, reduction, frozen, memory):
     leaves = [normal(5, 6), normal(30, 6), normal(30)]
     target = targets(5, 2, 30)
     for i, leaf in enumerate(leaves):
@@ -259,12 +271,12 @@ def test_frozen_input_weight_or_bias(backend, reduction, frozen):
         loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction, **kwargs)
         return torch.autograd.grad(loss, wanted, torch.full_like(loss, 3.0))
 
-    ours = gradients(linear_patch_cross_entropy, backend=backend)
+    ours = gradients(linear_patch_cross_entropy, backend=backend, memory=memory, logits_bytes=700)
     torch.testing.assert_close(ours, gradients(reference.linear_patch_cross_entropy))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 def test_callers_tensors_are_never_overwritten_and_a_second_backward_is_the_first(form, backend):
     ours, _, inputs = both_operators(backend)[form]
     leaves = [t.requires_grad_() for t in inputs(5, 30, torch.float32)]
@@ -278,7 +290,7 @@ def test_callers_tensors_are_never_overwritten_and_a_second_backward_is_the_firs
     assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, target, weight), strict=True))
 
 
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 def test_no_value_is_read_back_on_the_way(form, monkeypatch):
     """`.item()` and its kin, called from our code with the Triton backend, would synchronise a GPU."""
     import sys
@@ -332,9 +344,10 @@ def test_inside_a_cuda_graph(reduction):
     torch.testing.assert_close(captured, expected)
 
 
+@pytest.mark.parametrize("form", ["linear", "low memory"])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 50257), (2, 50257)])
-def test_odd_vocabulary_and_single_rows(rows, vocab):
-    check("linear", "triton", rows, vocab, torch.bfloat16, targets(3, 4, vocab)[:rows])
+def test_odd_vocabulary_and_single_rows(form, rows, vocab):
+    check(form, "triton", rows, vocab, torch.bfloat16, targets(3, 4, vocab)[:rows])
 
 
 def test_offsets_past_32_bits(tmp_path):
@@ -354,7 +367,7 @@ def test_offsets_past_32_bits(tmp_path):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [-1, 30, 2**40])
 def test_target_out_of_range_raises_on_cpu(form, bad):
     ours, _, inputs = both_operators("eager")[form]
@@ -363,7 +376,7 @@ def test_target_out_of_range_raises_on_cpu(form, bad):
         ours(*(t.cpu() for t in inputs(2, 30, torch.float32)), target=target)
 
 
-@pytest.mark.parametrize("form", ["logits", "linear"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [-1, 30, 2**40])
 def test_target_out_of_range_gives_nan_in_the_kernel(form, bad):
     ours, _, inputs = both_operators("triton")[form]
@@ -444,6 +457,7 @@ X, W, T = torch.randn(4, 6), torch.randn(30, 6), torch.zeros(4, 2, dtype=torch.l
         ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
         ({"z_loss_weight": -1.0}, ValueError, "-1.0"),
         ({"logits_bytes": 0}, ValueError, "got 0"),
+        ({"memory": "none"}, ValueError, "'none'"),
         ({"backend": "cuda"}, ValueError, "'cuda'"),
     ],
 )

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import patchkernels  # noqa: F401  (registers the operators)
 from patchkernels import linear_patch_cross_entropy, next_patch_targets, patch_cross_entropy, patch_embedding
 
+MEMORIES = ("default", "low")
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 ops = torch.ops.patchkernels
@@ -26,12 +27,13 @@ def tensors():
     return ids, embedding, head
 
 
-def training_loss(ids, embedding, head, patch_size=K, reduction="mean", **options):
+def training_loss(ids, embedding, head, patch_size=K, reduction="mean"):
     hidden = patch_embedding(ids, embedding, patch_size)
     target = next_patch_targets(ids, patch_size)
-    fused = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, **options)
-    given = patch_cross_entropy(hidden @ head.T, target, reduction=reduction, **options)
-    return (fused + given).sum()
+    fused = linear_patch_cross_entropy(hidden, head, target, reduction=reduction)
+    low = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory="low")
+    given = patch_cross_entropy(hidden @ head.T, target, reduction=reduction)
+    return (fused + 2 * low + 3 * given).sum()
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -58,6 +60,10 @@ def test_opcheck(backend, dtype):
             ops.linear_patch_cross_entropy,
             (x, weight, None, ids, c, [True, False, False], *options, 200, backend),
         ),
+        (ops.linear_low_memory, (x, weight, None, ids, *options, 16, backend)),
+        (ops.linear_low_memory, (x, weight, weight[:, 0], ids, *options, 30, backend)),
+        (ops.linear_low_memory_backward, (c, x, weight, weight[:, 0], ids, lse, [True] * 3, *options, 16, backend)),
+        (ops.linear_low_memory_backward, (c, x, weight, None, ids, lse, [False, True, False], *options, 16, backend)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)
@@ -83,13 +89,14 @@ def test_compiles_with_inductor(tensors):
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_as_linear_and_gradients_in_the_parameters_dtype(tensors, reduction):
+def test_autocast_as_linear_and_gradients_in_the_parameters_dtype(tensors, reduction, memory):
     ids, embedding, head = tensors
     hidden = patch_embedding(ids, embedding, K)
     target = next_patch_targets(ids, K)
     with torch.autocast(DEVICE, torch.bfloat16):
-        ours = linear_patch_cross_entropy(hidden, head, target, reduction=reduction)
+        ours = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory=memory)
         theirs = F.cross_entropy(
             F.linear(hidden, head).float().repeat_interleave(K, 1).flatten(0, 1),
             target.flatten(),
@@ -104,10 +111,11 @@ def test_autocast_as_linear_and_gradients_in_the_parameters_dtype(tensors, reduc
         assert relative_error(a, b) < 0.02
 
 
-def test_backward_under_autocast_keeps_its_products(tensors):
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_backward_under_autocast_keeps_its_products(tensors, memory):
     ids, embedding, head = tensors
     hidden, target = patch_embedding(ids, embedding, K), next_patch_targets(ids, K)
-    loss = linear_patch_cross_entropy(hidden, head, target, reduction="none").sum()
+    loss = linear_patch_cross_entropy(hidden, head, target, reduction="none", memory=memory).sum()
     expected = torch.autograd.grad(loss, (embedding, head), retain_graph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
         torch.testing.assert_close(torch.autograd.grad(loss, (embedding, head)), expected)
@@ -150,13 +158,20 @@ def test_flops_are_three_products_and_do_not_depend_on_patch_size():
     x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     for slots in (1, 4):
         target = torch.randint(0, v, (n, slots))
-        for reduction, products in (("mean", 3), ("sum", 3), ("none", 4)):
+        for reduction, memory, products in (
+            ("mean", "default", 3),
+            ("sum", "default", 3),
+            ("none", "default", 4),
+            ("mean", "low", 4),
+            ("none", "low", 4),
+        ):
+            options = {"reduction": reduction, "memory": memory, "logits_bytes": 300}
             with FlopCounterMode(display=False) as counter:
-                linear_patch_cross_entropy(x, w, target, reduction=reduction, logits_bytes=300).sum().backward()
+                linear_patch_cross_entropy(x, w, target, **options).sum().backward()
             assert counter.get_total_flops() == products * 2 * n * v * d
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            linear_patch_cross_entropy(x, w, target)
-        assert counter.get_total_flops() == 2 * n * v * d
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                linear_patch_cross_entropy(x, w, target, **options)
+            assert counter.get_total_flops() == 2 * n * v * d
 
 
 def test_on_the_meta_device_and_with_int32_ids():
@@ -171,7 +186,7 @@ def test_on_the_meta_device_and_with_int32_ids():
 
 
 def test_chunks_stay_within_the_byte_budget():
-    from patchkernels.linear_patch_cross_entropy import chunk_rows
+    from patchkernels.linear_parts import chunk_rows
 
     for rows in (1, 7, 128, 4099, 100000):
         for row_bytes in (2, 100514, 256512):
@@ -181,3 +196,15 @@ def test_chunks_stay_within_the_byte_budget():
                 assert chunk <= max(rows, 1)
                 fewest = -(-rows // max(1, budget // row_bytes))
                 assert -(-rows // chunk) == fewest, "no more chunks than the budget asks for"
+
+
+def test_slices_stay_within_the_byte_budget_where_16_classes_do():
+    from patchkernels.linear_low_memory import slice_columns
+
+    for vocab in (1, 30, 50257, 151936):
+        for column_bytes in (0, 2, 8198, 65536):
+            for budget in (1, 2**20, 2**28):
+                columns = slice_columns(vocab, column_bytes, budget)
+                assert columns == min(16, vocab) or columns * column_bytes <= budget
+                assert columns == vocab or columns % 16 == 0
+                assert 1 <= columns <= vocab
