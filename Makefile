@@ -8,13 +8,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test lint types
+.PHONY: train test bench lint types
 
 train: $(VENV)/.installed
 	$(BIN)/patchkernels train $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+# Peers that are to be compared with are installed beside: pip install ".[peers]" on a machine with a GPU.
+bench: $(VENV)/.installed-dev
+	$(BIN)/pytest bench/ --benchmark-only --benchmark-json bench.json $(ARGS)
+	$(BIN)/python -m bench.report bench.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

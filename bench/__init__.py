@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured side by side in one run, results checked before they are timed."""
+"""Benchmarks: ``pytest bench/ --benchmark-only``, then ``python -m bench.report FILE``."""

@@ -1,0 +1,79 @@
+"""K-token cross entropy with the head fused in: forward and backward, and the loss alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import peers, shapes
+from bench.compare import OURS, Comparison, Group, gradients
+from bench.conftest import device
+from bench.replay import replay
+from patchkernels import linear_patch_cross_entropy, reference
+
+pytestmark = pytest.mark.benchmark(timer=replay)
+LOW = "patchkernels, memory=low"
+FLOOR = "the bare matrix products"
+CONTENDERS = (OURS, LOW, "PatchTrain", "PatchTrain, compiled", "F.linear_cross_entropy",
+              "F.linear_cross_entropy, chunked", "Liger", "CCE", "QuACK", "Megatron", FLOOR)  # fmt: skip
+
+
+def groups(scale: str) -> list[Group]:
+    return [
+        Group("-".join(map(str, (case, *shape))), CONTENDERS, partial(compare, shape, case))
+        for shape in shapes.LINEAR[scale]
+        for case in ("forward + backward", "loss only")
+    ]
+
+
+def compare(shape: shapes.Linear, case: str) -> Comparison:
+    on = device()
+    dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape.N, shape.D, generator=generator).to(on, dtype)
+    weight = (torch.randn(shape.V, shape.D, generator=generator) / shape.D**0.5).to(on, dtype)
+    target = torch.randint(0, shape.V, (shape.N, shape.K), generator=generator).to(on)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
+
+    def contender(loss, leaves: list[Tensor] = leaves):
+        if case == "forward + backward":
+            return lambda: gradients(lambda x, w: loss(x, w, target), leaves)
+
+        def loss_only() -> list[Tensor]:
+            with torch.no_grad():
+                return [loss(*leaves, target)]
+
+        return loss_only
+
+    z = torch.randn(shape.N, shape.V, device=on, dtype=dtype)
+
+    @torch.no_grad()
+    def products() -> list[Tensor]:
+        logits = torch.mm(x, weight.T, out=z)
+        return [logits] if case == "loss only" else [z @ weight, z.T @ x]
+
+    losses = {
+        OURS: linear_patch_cross_entropy,
+        LOW: partial(linear_patch_cross_entropy, memory="low"),
+        **peers.linear_losses(on),
+    }
+    return Comparison(
+        operator="linear_patch_cross_entropy",
+        case=case,
+        shape=shape._asdict(),
+        dtype=dtype,
+        device=on,
+        contenders={name: peers.bind(loss, contender) for name, loss in losses.items()},
+        exact=contender(reference.linear_patch_cross_entropy, wide),
+        floor=FLOOR,
+        floors={FLOOR: products},
+        flops=2 * shape.N * shape.D * shape.V * (1 if case == "loss only" else 3),
+    )
+
+
+def test_linear_patch_cross_entropy(comparison, contender, record):
+    record(comparison, contender)

@@ -1,0 +1,88 @@
+"""How everything here is measured: interleaved device times, peak memory, errors against the eager definition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[[], Any]
+L2_BYTES = 2**28  # written between two timed calls: more than any GPU's L2 holds
+HEAD_START = 200_000  # clock cycles that a GPU waits so that the host has queued the whole call: about 0.1 ms
+MIN_ROUNDS, MAX_ROUNDS = 4, 30
+
+
+def interleaved(functions: dict[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Seconds a call, in rounds A B C A B C ..., so that drift of the clocks hits all alike.
+
+    ``seconds`` is about how long the rounds may take; there are at least ``MIN_ROUNDS`` of them, after one for warmth.
+    On CUDA these are device times between events, the L2 cache flushed before each call.
+    """
+    timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
+    first = timed(functions)
+    rounds = int(seconds / max(sum(first.values()), 1e-9))
+    results = [timed(functions) for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))]
+    return {name: [result[name] for result in results] for name in functions}
+
+
+def _timed_on_cpu(functions: dict[str, Function]) -> dict[str, float]:
+    taken = {}
+    for name, function in functions.items():
+        start = time.perf_counter()
+        function()
+        taken[name] = time.perf_counter() - start
+    return taken
+
+
+def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
+    flushed = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    events = {}
+    for name, function in functions.items():
+        flushed.zero_()
+        torch.cuda._sleep(HEAD_START)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        events[name] = start, end
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
+
+
+def peak_extra_bytes(function: Function, device: torch.device) -> int:
+    """The most that a call, not its first, holds at a time beyond what was there, its results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = function()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del results
+        return peak
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = function()
+    del results
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """``|value - exact| / |exact|`` of each result, in the 2-norm."""
+    assert len(results) == len(exact)
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(results, exact)]
+    return [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+
+
+def bytes_of(results: Any) -> int:
+    """Of the tensors that a call returns."""
+    return sum(t.numel() * t.element_size() for t in results if isinstance(t, Tensor))

@@ -1,0 +1,314 @@
+"""Tables and figures of benchmark results: ``python -m bench.report FILE...``.
+
+Prints Markdown, and draws PNGs beside each file: contenders with the floor as a line, a roofline, the parts of a
+training step, and cost over K.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS = "patchkernels"
+SHARE = 2 / 3  # lambda, the share of the data read in patches
+# dense bf16 TFLOP/s of the vendor's data sheet; elsewhere the product that the run itself measured
+DATA_SHEET = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+Case = dict[str, Any]
+
+
+def load(file: Path) -> tuple[dict[str, Any], dict[str, list[Case]]]:
+    """What is said of the machine, and the cases by comparison. ``ValueError`` for a file of something else."""
+    try:
+        content = json.loads(file.read_text())
+        content["machine_info"]["peak"]
+        machine = content["machine_info"] | {"commit": content["commit_info"]["id"], "date": content["datetime"]}
+        groups: dict[str, list[Case]] = {}
+        for benchmark in content["benchmarks"]:
+            groups.setdefault(benchmark["group"], []).append(benchmark["extra_info"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no result of `pytest bench/ --benchmark-json`: {error!r}") from error
+    return machine, groups
+
+
+def of(groups: dict[str, list[Case]], operator: str, **shape: Any) -> list[list[Case]]:
+    """The comparisons of an operator, those of a shape if one is given."""
+    found = [cases for cases in groups.values() if cases[0]["operator"] == operator]
+    return [cases for cases in found if all(cases[0]["shape"].get(k) == v for k, v in shape.items())]
+
+
+def header(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v != "not installed")
+    absent = ", ".join(name for name, v in machine["versions"].items() if v == "not installed")
+    on_gpu = machine["device_type"] == "cuda"
+    more = f"CUDA {machine['cuda']}" if on_gpu else f"{machine['threads']} threads"
+    peak = machine["peak"]
+    return (
+        f"{machine['device']}, {more}; {versions}; not installed: {absent or 'none'}. "
+        f"Commit {machine['commit'][:10]}, {machine['date'][:10]}. "
+        f"Measured peaks: {peak['tflops_per_second']:.4g} TFLOP/s, {peak['gigabytes_per_second']:.4g} GB/s."
+    )
+
+
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(case: Case) -> str:
+    return f"{case['median_seconds'] * 1e3:.4g} ± {case['spread'] * 50:.0f} %"
+
+
+def comparison_table(groups: list[list[Case]]) -> str:
+    """One row a contender: time, ratio to ours, rate, share of the floor, memory beyond the results, error."""
+    rows = []
+    for cases in groups:
+        first = cases[0]
+        shape = " ".join(f"{key}={value}" for key, value in first["shape"].items())
+        for index, case in enumerate(sorted(cases, key=lambda c: c["median_seconds"])):
+            rate = ""
+            if "tflops_per_second" in case:
+                rate = f"{case['tflops_per_second']:.3g} TFLOP/s"
+            elif "gigabytes_per_second" in case:
+                rate = f"{case['gigabytes_per_second']:.3g} GB/s"
+            extra = (case["peak_extra_bytes"] - case["result_bytes"]) / 2**20 if "peak_extra_bytes" in case else None
+            rows.append([
+                f"{first['case']}, {shape}, {first['dtype']}" if index == 0 else "",
+                case["contender"],
+                milliseconds(case),
+                f"{1.0 if case['contender'] == OURS else case['ratio_to'][OURS]:.2f}",
+                rate,
+                f"{case['share_of_floor']:.0%}" if "share_of_floor" in case else "",
+                "" if extra is None else f"{extra:.1f}",
+                f"{max(case['relative_errors']):.1e}" if "relative_errors" in case else "",
+            ])  # fmt: skip
+        for name, reason in first["missing"].items():
+            rows.append(["", name, f"missing: {reason}", "", "", "", "", ""])
+    columns = ["case", "contender", "ms", "time / ours", "rate", "share of floor", "MiB beyond results", "error"]
+    return table(columns, rows)
+
+
+def steps(groups: dict[str, list[Case]]) -> list[tuple[dict[str, Any], dict[str, Case]]]:
+    return [(cases[0]["shape"], {c["contender"]: c for c in cases}) for cases in of(groups, "training step")]
+
+
+def peak_tflops(machine: dict[str, Any]) -> tuple[float, str]:
+    for name, value in DATA_SHEET.items():
+        if name in machine["device"]:
+            return value, "data sheet"
+    return machine["peak"]["tflops_per_second"], "measured product"
+
+
+def step_table(machine: dict[str, Any], groups: dict[str, list[Case]]) -> str:
+    peak, source = peak_tflops(machine)
+    rows = []
+    for shape, cases in steps(groups):
+        base = cases["PatchLM, K=1"]
+        for name, case in cases.items():
+            rows.append([
+                f"{shape['preset']}, {shape['rows']} x {shape['positions']}", name, milliseconds(case),
+                f"{case['raw_tokens'] / case['median_seconds']:,.0f}",
+                f"{speed_up(base, case):.2f}", f"{case['tflops_per_second'] / peak:.1%}",
+                f"{case['peak_extra_bytes'] / 2**20:,.0f}",
+            ])  # fmt: skip
+        for name, reason in base["missing"].items():
+            rows.append(["", name, f"missing: {reason}", "", "", "", ""])
+    utilisation = f"FLOP utilisation ({source})"
+    columns = ["model", "step", "ms", "raw tokens/s", "against K=1", utilisation, "MiB beyond state"]
+    return table(columns, rows)
+
+
+def speed_up(base: Case, case: Case) -> float:
+    """Raw tokens a second over those of ``base``."""
+    ratio = 1.0 if case is base else case["ratio_to"][base["contender"]]
+    return float(case["raw_tokens"] / base["raw_tokens"] / ratio)
+
+
+def costs(cases: dict[str, Case], share: float = SHARE) -> dict[int, tuple[float, float]]:
+    """K to the cost of a run with ``share`` of its data in patches: in seconds and in counted FLOPs."""
+    base = cases["PatchLM, K=1"]
+    found = {}
+    for case in cases.values():
+        if "flops_per_raw_token" in case:
+            patch_size = case["raw_tokens"] // base["raw_tokens"]
+            flops = case["flops_per_raw_token"] / base["flops_per_raw_token"]
+            found[patch_size] = (share / speed_up(base, case) + 1 - share, share * flops + 1 - share)
+    return found
+
+
+def cost_table(groups: dict[str, list[Case]]) -> str:
+    rows = [
+        [shape["preset"], str(k), f"{seconds:.3f}", f"{flops:.3f}", f"{SHARE / k + 1 - SHARE:.3f}"]
+        for shape, cases in steps(groups)
+        for k, (seconds, flops) in costs(cases).items()
+    ]
+    return table(["model", "K", "cost in seconds", "cost in counted FLOPs", "λ/K + 1 - λ"], rows)
+
+
+def report(file: Path) -> str:
+    machine, groups = load(file)
+    titles = {
+        "patch_embedding": "Patch embedding",
+        "patch_cross_entropy": "Cross entropy of given logits",
+        "linear_patch_cross_entropy": "Fused linear cross entropy",
+    }
+    parts = [header(machine)]
+    for operator, title in titles.items():
+        if of(groups, operator):
+            parts += [f"### {title}", comparison_table(of(groups, operator))]
+    if steps(groups):
+        parts += ["### Training step", step_table(machine, groups)]
+        parts += ["### Cost of a run with 2/3 of its data in patches", cost_table(groups)]
+    return "\n\n".join(parts)
+
+
+def draw(file: Path) -> list[Path]:
+    """The PNGs, beside the file."""
+    machine, groups = load(file)
+    drawn = []
+    for name, function in FIGURES.items():
+        figure = function(machine, groups)
+        if figure is not None:
+            figure.suptitle(f"{machine['device']}, {machine['date'][:10]}", fontsize=9)
+            drawn.append(file.with_name(f"{file.stem}-{name}.png"))
+            temporary = drawn[-1].with_suffix(".tmp")
+            figure.savefig(temporary, dpi=110, format="png")
+            temporary.replace(drawn[-1])
+    return drawn
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) -> Any:
+    """Milliseconds of every contender, the floor a dashed line."""
+    found = of(groups, operator)
+    if not found:
+        return None
+    columns = min(len(found), 4)
+    rows = -(-len(found) // columns)
+    figure = _figure(4.2 * columns, 2.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, cases in zip(axes, found):
+        floor = cases[0].get("floor")
+        shown = sorted((c for c in cases if c["contender"] != floor), key=lambda c: -c["median_seconds"])
+        colors = ["tab:blue" if c["contender"].startswith(OURS) else "0.7" for c in shown]
+        axis.barh([c["contender"] for c in shown], [c["median_seconds"] * 1e3 for c in shown], color=colors)
+        for case in cases:
+            if case["contender"] == floor:
+                axis.axvline(case["median_seconds"] * 1e3, color="tab:red", linestyle="--", linewidth=1)
+        shape = " ".join(f"{key}={value}" for key, value in cases[0]["shape"].items())
+        axis.set_title(f"{cases[0]['case']}\n{shape}", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("ms", fontsize=7)
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def roofline(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
+    """Our operators under the measured roofs: FLOP/s over FLOPs a byte, the fewest bytes that a case can move."""
+    flops, bandwidth = machine["peak"]["tflops_per_second"], machine["peak"]["gigabytes_per_second"] / 1e3
+    points = []
+    for operator, marker in (
+        ("patch_embedding", "o"),
+        ("patch_cross_entropy", "s"),
+        ("linear_patch_cross_entropy", "^"),
+    ):
+        for case in (c for cases in of(groups, operator) for c in cases if c["contender"] == OURS):
+            work, moved = work_of(case)
+            points.append((operator, marker, work / moved, work / case["median_seconds"] / 1e12))
+    if not points:
+        return None
+    figure = _figure(6, 4)
+    axis = figure.subplots()
+    lowest, highest = min(p[2] for p in points) / 2, max(*(p[2] for p in points), flops / bandwidth) * 4
+    axis.plot([lowest, flops / bandwidth, highest], [lowest * bandwidth, flops, flops], color="tab:red", linewidth=1)
+    for operator in dict.fromkeys(p[0] for p in points):
+        mine = [p for p in points if p[0] == operator]
+        axis.scatter([p[2] for p in mine], [p[3] for p in mine], marker=mine[0][1], label=operator, s=18)
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def work_of(case: Case) -> tuple[float, float]:
+    """FLOPs and the fewest bytes. Embedding: an addition an element read; cross entropy: about 8 FLOPs a logit."""
+    shape, size = case["shape"], 2 if case["dtype"] == "bfloat16" else 4
+    if case["operator"] == "linear_patch_cross_entropy":
+        return case["flops"], 2 * size * (shape["N"] + shape["V"]) * shape["D"]
+    each = 1 if case["operator"] == "patch_embedding" else 4
+    return each * case["bytes"] / size, case["bytes"]
+
+
+def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
+    """Where the time of a step goes, at K = 1 and 4."""
+    found = of(groups, "parts of a step")
+    if not found:
+        return None
+    figure = _figure(3.2 * len(found), 3.6)
+    for axis, cases in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
+        below = {1: 0.0, 4: 0.0}
+        for index, name in enumerate(dict.fromkeys(c["contender"].split(", K=")[0] for c in cases)):
+            for k in below:
+                case = next(c for c in cases if c["contender"] == f"{name}, K={k}")
+                height = case["median_seconds"] * 1e3
+                label = name if k == 1 else None
+                axis.bar(f"K = {k}", height, bottom=below[k], color=f"C{index}", label=label, width=0.6)
+                below[k] += height
+        axis.set_title(cases[0]["shape"]["preset"], fontsize=9)
+        axis.set_ylabel("ms")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def cost(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
+    """Cost of a run over K, measured in seconds, beside λ/K + 1 - λ."""
+    found = steps(groups)
+    if not found:
+        return None
+    figure = _figure(5, 3.6)
+    axis = figure.subplots()
+    for shape, cases in found:
+        measured = costs(cases)
+        axis.plot(list(measured), [seconds for seconds, _ in measured.values()], marker="o", label=shape["preset"])
+    sizes = sorted({k for _, cases in found for k in costs(cases)})
+    axis.plot(sizes, [SHARE / k + 1 - SHARE for k in sizes], color="0.5", linestyle="--", label="λ/K + 1 - λ")
+    axis.set(xlabel="K", ylabel="seconds against token-level training", xticks=sizes, ylim=(0, 1.05))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+FIGURES: dict[str, Any] = {
+    "embedding": lambda machine, groups: bars(machine, groups, "patch_embedding"),
+    "cross-entropy": lambda machine, groups: bars(machine, groups, "patch_cross_entropy"),
+    "linear": lambda machine, groups: bars(machine, groups, "linear_patch_cross_entropy"),
+    "roofline": roofline,
+    "parts": parts,
+    "cost": cost,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    for file in parser.parse_args().files:
+        try:
+            print(report(file), end="\n\n")
+            print("\n".join(f"drawn: {path}" for path in draw(file)))
+        except (OSError, ValueError) as error:
+            parser.exit(1, f"bench.report: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

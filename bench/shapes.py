@@ -1,0 +1,79 @@
+"""Which shapes are measured: ``published`` on a GPU, ``small`` on a CPU, ``tiny`` to test the benchmarks themselves."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Embedding(NamedTuple):
+    patch_size: int
+    V: int
+    D: int
+    ids: str  # distribution of the token ids: uniform or zipf
+    tokens: int
+
+
+class Logits(NamedTuple):
+    K: int
+    N: int
+    V: int
+
+
+class Linear(NamedTuple):
+    K: int
+    N: int
+    D: int
+    V: int
+
+
+class Step(NamedTuple):
+    preset: str
+    rows: int
+    context: int  # positions of a row, whatever K is
+
+
+PATCH_SIZES = (1, 2, 4, 8, 16)
+VOCABULARIES = (32000, 50257, 128256, 151936)
+
+EMBEDDING = {
+    "tiny": [Embedding(4, 100, 16, "zipf", 64)],
+    "small": [Embedding(k, 32000, 768, "zipf", 8192) for k in PATCH_SIZES]
+    + [Embedding(4, 32000, 768, "uniform", 8192)]
+    + [Embedding(4, v, 256, "zipf", 8192) for v in VOCABULARIES[1:]],
+    "published": [Embedding(k, 128256, 4096, ids, 2**16) for k in PATCH_SIZES for ids in ("uniform", "zipf")]
+    + [Embedding(4, v, 2048, "zipf", 2**16) for v in VOCABULARIES]
+    + [Embedding(4, 128256, d, "zipf", 2**16) for d in (768, 2048, 8192)],
+}
+
+LOGITS = {
+    "tiny": [Logits(4, 8, 200)],
+    "small": [Logits(k, n, v) for n, v in ((256, 32000), (131, 50257)) for k in (1, 4)],
+    "published": [
+        Logits(k, n, v) for n, v in ((8192, 32000), (16384, 50257), (4096, 128256), (2048, 151936)) for k in (1, 4)
+    ],
+}
+
+LINEAR = {
+    "tiny": [Linear(4, 8, 16, 200)],
+    "small": [Linear(k, *shape) for shape in ((256, 256, 32000), (131, 192, 10007)) for k in (1, 4)],
+    "published": [
+        Linear(k, *shape)
+        for shape in (
+            (4096, 4096, 128256),
+            (16384, 4096, 128256),
+            (8192, 2048, 32000),
+            (16384, 768, 50257),
+            (32768, 1024, 32000),
+            (2048, 2560, 151936),
+            (4099, 1536, 50257),
+        )
+        for k in (1, 4)
+    ],
+}
+
+STEP_PATCH_SIZES = (1, 2, 4, 8)
+STEP = {
+    "tiny": [Step("demo", 1, 16)],
+    "small": [Step("demo", 4, 256)],
+    "published": [Step("124m", 16, 2048), Step("370m", 16, 2048), Step("1.3b", 8, 2048)],
+}
