@@ -14,7 +14,7 @@ train: $(VENV)/.installed
 	$(BIN)/patchkernels train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal $(ARGS)
 
 # Peers that are to be compared with are installed beside: pip install ".[peers]" on a machine with a GPU.
 bench: $(VENV)/.installed-dev

@@ -36,7 +36,8 @@ def low_memory_losses(
     backend: str,
 ) -> Tensor:  # l (N, K)
     """The losses of all targets, unweighted, in fp32 (fp64 for fp64)."""
-    budget = logits_bytes or 2 * len(x) * len(weight) // 128  # with the statistics about 1 % of 16-bit logits
+    # with the statistics about 1 % of 16-bit logits; a slice below 1 MiB would be too thin to multiply well
+    budget = logits_bytes or max(2 * len(x) * len(weight) // 128, 2**20)
     # eager code holds a slice's softcap slope and, for 16 bits, its fp32 copy beside it
     size = x.element_size() if backend == "triton" else x.element_size() + 8 * (x.element_size() == 2)
     size *= 2 if backend == "eager" and options.softcap is not None else 1
@@ -105,7 +106,7 @@ def _forward(
     statistics = x.new_zeros(3, len(x), dtype=dtype)  # max z, sum exp(z - max), sum z
     statistics[0] = -torch.inf
     picked = x.new_zeros(target.shape, dtype=dtype)
-    for first, z in _slices(x, weight, bias, columns):
+    for first, z in _slices(x, weight, bias, columns, backend):
         if backend == "triton":
             from patchkernels.kernels import cross_entropy as kernels
 
@@ -157,7 +158,7 @@ def _backward(
     dtype = accumulation_dtype(x.dtype)
     dx, dw, db = _gradients(x, weight, needs)
     sum_dx = x.new_zeros(dx.shape, dtype=dtype)
-    for first, z in _slices(x, weight, bias, columns):
+    for first, z in _slices(x, weight, bias, columns, backend):
         classes = slice(first, first + z.shape[1])
         if backend == "triton":
             from patchkernels.kernels import cross_entropy as kernels
@@ -222,9 +223,9 @@ register_flops(torch.ops.patchkernels.linear_low_memory, _forward_flops)
 register_flops(torch.ops.patchkernels.linear_low_memory_backward, _backward_flops)
 
 
-def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Iterator[tuple[int, Tensor]]:
+def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, backend: str) -> Iterator[tuple[int, Tensor]]:
     """(first class, logits (N, v)) over the vocabulary; the logits are one buffer, overwritten by the next slice."""
-    buffer = logits_buffer(len(x), weight[:columns])
+    buffer = logits_buffer(len(x), weight[:columns], backend)
     for first in range(0, len(weight), columns):
         part = weight[first : first + columns]
         z = buffer[:, : len(part)]

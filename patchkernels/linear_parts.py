@@ -48,10 +48,10 @@ def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
     return min(-(-even // 128) * 128, most)
 
 
-def logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """``(rows, V)`` whose rows begin on 16-element boundaries, for vector loads and cuBLAS at any V."""
+def logits_buffer(rows: int, weight: Tensor, backend: str) -> Tensor:
+    """``(rows, V)``; for kernels and cuBLAS rows begin on 16-element boundaries, for vector loads at any V."""
     vocab = len(weight)
-    return weight.new_empty(rows, -(-vocab // 16) * 16)[:, :vocab]
+    return weight.new_empty(rows, -(-vocab // 16) * 16 if backend == "triton" else vocab)[:, :vocab]
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

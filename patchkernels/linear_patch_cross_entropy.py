@@ -74,7 +74,7 @@ def linear_patch_cross_entropy(
         memory: ``"default"``, or ``"low"``: the logits exist in vocabulary slices only, dW in no other dtype than its
             own, for one more matrix product (four). See :mod:`patchkernels.linear_low_memory`.
         logits_bytes: the memory that logits may take at a time; by default ``LOGITS_BYTES`` of the device, and for
-            ``memory="low"`` 1/128 of ``2 N V`` bytes.
+            ``memory="low"`` 1/128 of ``2 N V`` bytes, or 1 MiB where that is more.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
@@ -239,7 +239,7 @@ def _linear(
     if backend == "eager":
         check_range(target, len(weight), ignore_index)
     chunk = chunk_rows(len(x), len(weight) * x.element_size(), logits_bytes)
-    buffer = logits_buffer(min(chunk, len(x)), weight)
+    buffer = logits_buffer(min(chunk, len(x)), weight, backend)
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         z = buffer[: len(x[rows])]

@@ -140,10 +140,14 @@ def inverse_counts(ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> 
 
 def _eager_forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
     vocab = weight.shape[0]
-    bad = (ids < 0) | (ids >= vocab)
-    if ids.device.type == "cpu" and bool(bad.any()):
-        raise IndexError(f"token ids must be in [0, {vocab}), got {ids[bad][0].item()}")
-    ids = ids.clamp(0, max(vocab - 1, 0))
+    bad = None
+    if ids.device.type != "cpu":
+        bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
+        ids = ids.clamp(0, max(vocab - 1, 0))
+    elif ids.numel():
+        for extreme in ids.aminmax():
+            if not 0 <= extreme < vocab:
+                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme.item()}")
     patch_size = ids.shape[1]
     if patch_size == 1:
         out = F.embedding(ids[:, 0], weight)
@@ -155,7 +159,7 @@ def _eager_forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tens
             rows = weight[slot]
             total += rows if padding_idx is None else rows.masked_fill_((slot == padding_idx).unsqueeze(1), 0)
         out = total.mul_(inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)).to(weight.dtype)
-    return out if ids.device.type == "cpu" else out.masked_fill_(bad.any(1, keepdim=True), torch.nan)
+    return out if bad is None else out.masked_fill_(bad, torch.nan)
 
 
 def _eager_backward(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None) -> Tensor:

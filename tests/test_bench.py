@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 CHECKOUT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT), "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
+OURS = {"PYTHONPATH": str(CHECKOUT), "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | OURS
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
