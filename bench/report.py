@@ -189,7 +189,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) -> Any:
-    """Milliseconds of every contender, the floor a dashed line."""
+    """Milliseconds of every contender, the floor a dashed line; bars of more than five times ours are cut off."""
     found = of(groups, operator)
     if not found:
         return None
@@ -202,6 +202,12 @@ def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) 
         shown = sorted((c for c in cases if c["contender"] != floor), key=lambda c: -c["median_seconds"])
         colors = ["tab:blue" if c["contender"].startswith(OURS) else "0.7" for c in shown]
         axis.barh([c["contender"] for c in shown], [c["median_seconds"] * 1e3 for c in shown], color=colors)
+        ours = next(c["median_seconds"] for c in cases if c["contender"] == OURS) * 1e3
+        right = min(max(c["median_seconds"] for c in shown) * 1e3, 5 * ours)
+        axis.set_xlim(0, 1.15 * right)
+        for height, case in enumerate(shown):
+            value = case["median_seconds"] * 1e3
+            axis.text(min(value, right), height, f" {value:.3g}", va="center", fontsize=6)
         for case in cases:
             if case["contender"] == floor:
                 axis.axvline(case["median_seconds"] * 1e3, color="tab:red", linestyle="--", linewidth=1)
@@ -267,7 +273,7 @@ def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
                 below[k] += height
         axis.set_title(cases[0]["shape"]["preset"], fontsize=9)
         axis.set_ylabel("ms")
-        axis.legend(fontsize=7)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=2)
     return figure
 
 
