@@ -157,7 +157,11 @@ class _Source:
     def _hub(self, name: str) -> Any:
         import datasets
 
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in COLUMN_KINDS:
+        if (
+            name.startswith((".", "/", "~"))
+            or name.count("/") > 1
+            or Path(name).suffix in {*COLUMN_KINDS, ".txt", ".md"}
+        ):
             raise FileNotFoundError(f"no file or folder {name!r}")
         try:
             return datasets.load_dataset(name, split="train")

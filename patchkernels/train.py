@@ -140,6 +140,10 @@ def train(config: TrainConfig) -> Path:
     if world_size > 1:
         raise RuntimeError(f"this version trains in one process, got WORLD_SIZE={world_size}")
     phases = parse_phases(config.phases, config.shares_of, config.convention)
+    device = choose_device(config.device)
+    # each raises here, before any work, if it cannot be had
+    PatchLMConfig.preset(config.model)
+    attention = choose(config.attention, device, torch.bfloat16 if config.bf16 else torch.float32)
     out = Path(config.out)
     saved = checkpoints(out / "checkpoints")
     if saved and not config.resume:
@@ -161,7 +165,7 @@ def train(config: TrainConfig) -> Path:
         corpus = prepare(data, progress)
     total = int(config.tokens or len(corpus.train))
     schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
-    run = Run(config, corpus, schedule, rank, world_size)
+    run = Run(config, corpus, schedule, device, attention, rank, world_size)
     if saved:
         run.restore(saved[-1])
     replace_file(out / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
@@ -169,14 +173,35 @@ def train(config: TrainConfig) -> Path:
     return out
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or for ``"auto"`` a GPU if there is one. ``ValueError`` for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
+    return device
+
+
 class Run:
     """The state of a run: model, optimizer, step. Everything else follows from the step."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, schedule: Schedule, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        schedule: Schedule,
+        device: torch.device,
+        attention: str,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.config, self.corpus, self.schedule = config, corpus, schedule
+        self.device, self.attention = device, attention
         self.lr = LearningRate(config.lr, config.warmup, config.decay, config.lr_shape, config.lr_scope)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device if config.device == "auto" else config.device)
         torch.manual_seed(config.seed)  # the same weights on every rank
         longest = max(schedule.positions(phase) for phase in schedule.phases)
         self.model_config = PatchLMConfig.preset(
@@ -188,8 +213,6 @@ class Run:
             activation_checkpointing=config.activation_checkpointing,
         )
         self.model = PatchLM(self.model_config).to(self.device)
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self.attention = choose(config.attention, self.device, dtype)  # raises here if it cannot run
         self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
         torch.manual_seed(config.seed + 1 + rank)
         self.optimizer = self.new_optimizer()

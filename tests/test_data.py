@@ -153,6 +153,8 @@ def test_the_default_corpus_is_the_standard_library_without_its_tests():
 def test_bad_input(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder '/nowhere/x\.jsonl'"):
         prepare(config("/nowhere/x.jsonl", tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no file or folder 'nowhere\.txt'$"):
+        prepare(config("nowhere.txt", tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no UTF-8 text"):
         prepare(config(tmp_path / "empty", tmp_path))

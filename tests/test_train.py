@@ -245,10 +245,17 @@ def test_bad_input(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         train(dataclasses.replace(config, out=str(tmp_path / "file" / "run")))
+    new = dataclasses.replace(config, out=str(tmp_path / "x"))
     with pytest.raises(ValueError, match="'9b'"):
-        train(dataclasses.replace(config, model="9b", out=str(tmp_path / "x")))
+        train(dataclasses.replace(new, model="9b"))
     with pytest.raises(RuntimeError, match=r"flash2.*cannot run"):
-        train(dataclasses.replace(config, attention="flash2", out=str(tmp_path / "z")))
+        train(dataclasses.replace(new, attention="flash2"))
+    with pytest.raises(ValueError, match="'gpu'"):
+        train(dataclasses.replace(new, device="gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        train(dataclasses.replace(new, device="cuda"))
+    assert not Path(new.out).exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
         train(dataclasses.replace(config, out=str(tmp_path / "y")))
