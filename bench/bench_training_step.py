@@ -72,7 +72,7 @@ def check(ours: PatchLM, call: Any, ids: Tensor, patch_size: int) -> None:
         torch.testing.assert_close(call(ids, ids, patch_size).detach(), expected, rtol=1e-3, atol=0)
 
 
-def hugging_face(ours: PatchLM, liger: Any) -> Any:
+def hugging_face(ours: PatchLM, liger: Any = None) -> Any:
     """The LLaMA of transformers with the same weights, or :class:`peers.Missing`."""
     transformers = peers.optional("transformers", "transformers")
     if isinstance(transformers, peers.Missing):
@@ -106,13 +106,14 @@ def compare_steps(shape: shapes.Step) -> Comparison:
             losses[f"{name}, K={k}"] = partial(call, ids, ids, k)
             models[f"{name}, K={k}"] = ours
     ids = ids_of(shape, 1, on)
-    for name, liger in zip(PEERS, (None, None, peers.on_gpu("liger-kernel", "liger_kernel.transformers", on))):
-        theirs = liger if isinstance(liger, peers.Missing) else hugging_face(ours, liger)
+    plain = hugging_face(ours)
+    patched = peers.bind(peers.on_gpu("liger-kernel", "liger_kernel.transformers", on), partial(hugging_face, ours))
+    for name, theirs in zip(PEERS, (plain, plain, patched)):
         if not isinstance(theirs, peers.Missing):
             call = torch.compile(theirs, dynamic=False) if "compiled" in name else theirs
             losses[name] = lambda call=call: call(input_ids=ids, labels=ids).loss
             with autocast(on):
-                torch.testing.assert_close(call(input_ids=ids, labels=ids).loss, ours(ids, ids), rtol=1e-2, atol=0)
+                torch.testing.assert_close(losses[name](), ours(ids, ids), rtol=1e-2, atol=0)
         models[name] = theirs
     adams = {id(m): optimizer(m) for m in models.values() if not isinstance(m, peers.Missing)}
     contenders = {
@@ -138,7 +139,7 @@ def compare_steps(shape: shapes.Step) -> Comparison:
             }
             for k in shapes.STEP_PATCH_SIZES
         },
-        budget_seconds=10.0,
+        budget_seconds=6.0,
     )
 
 
@@ -191,7 +192,7 @@ def compare_parts(shape: shapes.Step) -> Comparison:
         dtype=torch.bfloat16 if on.type == "cuda" else torch.float32,
         device=on,
         contenders=contenders,
-        budget_seconds=5.0,
+        budget_seconds=3.0,
     )
 
 

@@ -46,7 +46,7 @@ class Comparison:
     floors: dict[str, Function] = field(default_factory=dict)
     flops: int | None = None  # the fewest that the case needs
     bytes: int | None = None  # the fewest that the case moves
-    budget_seconds: float = 3.0
+    budget_seconds: float = 2.0
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else a contender's JSON says
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)

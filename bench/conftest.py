@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 import patchkernels  # noqa: F401
 
@@ -42,8 +44,9 @@ def scale(config: pytest.Config) -> str:
     return str(config.getoption("--scale") or ("published" if torch.cuda.is_available() else "small"))
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
-    """Device and versions."""
+    """Device, versions and commit."""
     found = {}
     for name in DISTRIBUTIONS:
         try:
@@ -57,6 +60,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "commit": get_commit_info().get("id"),
         "versions": found,
     }
 

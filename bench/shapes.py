@@ -40,7 +40,8 @@ EMBEDDING = {
     "small": [Embedding(k, 32000, 768, "zipf", 8192) for k in PATCH_SIZES]
     + [Embedding(4, 32000, 768, "uniform", 8192)]
     + [Embedding(4, v, 256, "zipf", 8192) for v in VOCABULARIES[1:]],
-    "published": [Embedding(k, 128256, 4096, ids, 2**16) for k in PATCH_SIZES for ids in ("uniform", "zipf")]
+    "published": [Embedding(k, 128256, 4096, "zipf", 2**16) for k in PATCH_SIZES]
+    + [Embedding(4, 128256, 4096, "uniform", 2**16)]
     + [Embedding(4, v, 2048, "zipf", 2**16) for v in VOCABULARIES]
     + [Embedding(4, 128256, d, "zipf", 2**16) for d in (768, 2048, 8192)],
 }
