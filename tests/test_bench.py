@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracle import DEVICE
 
 pytest.importorskip("pytest_benchmark")
 CHECKOUT = Path(__file__).parents[1]
@@ -131,3 +132,22 @@ def test_peak_memory_is_what_the_docstring_says(monkeypatch):
     assert extra["low"] <= 0.01 * n * v * 2
     assert extra["default"] <= 1.05 * (min(4 * n * v, LOGITS_BYTES["cpu"]) + 4 * v * d)
     assert extra["default"] > 10 * extra["low"]
+
+
+def test_the_search_for_launch_configurations_runs_and_leaves_the_defaults(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(CHECKOUT))
+    from bench import tune
+    from patchkernels.kernels import cross_entropy
+
+    default = cross_entropy.launch_config
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+    sizes = {"rows": 2, "vocab": 300, "tokens": 16, "table": 8, "hidden": 64, "device": DEVICE}
+    tune.main([str(part) for name, value in sizes.items() for part in (f"--{name}", value)])
+    printed = capsys.readouterr().out
+    assert printed.count(" default\n") == 3
+    assert "BLOCK_V=128, num_warps=1" in printed and "BLOCK_D=128, num_warps=1" in printed
+    assert cross_entropy.launch_config is default
+    if DEVICE == "cpu":
+        with pytest.raises(SystemExit):
+            tune.main([])
+        assert "torch sees none" in capsys.readouterr().err
