@@ -106,6 +106,18 @@ def test_a_model_that_changes_its_logits_otherwise_is_materialised_and_says_so(c
         assert relative_error(a, b) < 2e-6
 
 
+def test_falcon_h1_scales_token_embeddings_but_not_given_ones_and_is_refused():
+    settings = {**GROUPED, "head_dim": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+                "mamba_n_groups": 1, "mamba_d_state": 8, "embedding_multiplier": 3.0}  # fmt: skip
+    model = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    with pytest.raises(ValueError, match=r"no patch step of FalconH1ForCausalLM is exact: tokens repeated 2 times"):
+        hf.enable(model, 4)
+    assert type(model) is transformers.FalconH1ForCausalLM
+
+
 def test_an_inexact_model_is_refused_and_left_as_it_was():
     class Sliding(transformers.LlamaForCausalLM):
         def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
