@@ -57,8 +57,9 @@ def linear_patch_cross_entropy(
     z_loss_weight: float = 0.0,
     memory: str = "default",
     logits_bytes: int | None = None,
+    return_losses: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     r"""``patch_cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`` without keeping the logits.
 
     Argument names follow ``torch.nn.functional.linear_cross_entropy``; the loss and its options are those of
@@ -75,6 +76,8 @@ def linear_patch_cross_entropy(
             own, for one more matrix product (four). See :mod:`patchkernels.linear_low_memory`.
         logits_bytes: the memory that logits may take at a time; by default ``LOGITS_BYTES`` of the device, and for
             ``memory="low"`` 1/128 of ``2 N V`` bytes, or 1 MiB where that is more.
+        return_losses: also what was reduced, at no further cost: ``(loss, losses)``, the latter without gradient,
+            unweighted, in the shape of ``target``, 0 where that is ignored.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
@@ -117,16 +120,17 @@ def linear_patch_cross_entropy(
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
     if memory == "low":
         losses = low_memory_losses(x, linear_weight, linear_bias, rows, needs, options, logits_bytes, engine)
-        return reduce_losses(losses, coefficient, target.shape, reduction)
+        loss = reduce_losses(losses, coefficient, target.shape, reduction)
+        return (loss, losses.detach().view(target.shape)) if return_losses else loss
     budgets = LOGITS_BYTES if any(needs) and reduction != "none" else LOGITS_BYTES_LOSS_ONLY
     budget = logits_bytes or budgets.get(device, budgets["cuda"])
     if reduction == "none" or not any(needs):
         losses = _LinearLosses.apply(x, linear_weight, linear_bias, rows, needs, options, budget, engine)
-        return reduce_losses(losses, coefficient, target.shape, reduction)
-    loss: Tensor = _LinearLoss.apply(x, linear_weight, linear_bias, rows, coefficient, needs, options, budget, engine)[
-        0
-    ]
-    return loss
+        loss = reduce_losses(losses, coefficient, target.shape, reduction)
+    else:
+        arguments = (x, linear_weight, linear_bias, rows, coefficient, needs, options, budget, engine)
+        loss, losses, *_ = _LinearLoss.apply(*arguments)
+    return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -146,7 +150,7 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scale, unit = unit_scale(c)
         losses, *grads = _linear_op(x, weight, bias, target, unit, needs, options, budget, backend)
-        return (losses * c).sum(), scale, *grads
+        return (losses * c).sum(), losses, scale, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,7 +158,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.dtype = inputs[0].dtype
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[2:])
 
     @staticmethod
     @once_differentiable

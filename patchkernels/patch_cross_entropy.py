@@ -68,8 +68,9 @@ def patch_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     z_loss_weight: float = 0.0,
+    return_losses: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     r"""``loss[n, k] = w[n, k] * (lse_n - z[n, t_nk])``, then reduced: one row of logits predicts K tokens.
 
     At K = 1 this is ``F.cross_entropy`` (PatchTrain, arXiv 2407.12665, section 2; TST, arXiv 2605.06546).
@@ -87,6 +88,8 @@ def patch_cross_entropy(
         label_smoothing: ``e`` in ``l = (1-e) (lse - z_t) + e (lse - mean_v z_v)``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         z_loss_weight: adds ``z_loss_weight * lse^2`` to each ``l``.
+        return_losses: also what was reduced: ``(loss, losses)``, the latter without gradient, unweighted, in the
+            shape of ``target``, 0 where that is ignored.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -103,7 +106,8 @@ def patch_cross_entropy(
     logits = input.reshape(-1, input.shape[-1])
     rows, coefficient = weigh_targets(input, target, target_weight, ignore_index, reduction)
     losses, _ = _PatchCrossEntropy.apply(logits, rows, options, _backend.resolve(backend, input))
-    return reduce_losses(losses, coefficient, target.shape, reduction)
+    loss = reduce_losses(losses, coefficient, target.shape, reduction)
+    return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
 def check_arguments(input: Tensor, target: Tensor, vocab: int, options: LossOptions, kind: str) -> None:

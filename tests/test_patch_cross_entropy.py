@@ -495,3 +495,21 @@ def test_head_module_gives_logits_or_loss():
     )
     with pytest.raises(ValueError, match="reduction"):
         ours(X, reduction="sum")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "slot_mean", "sum", "none"])
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_losses_that_were_reduced_are_returned(reduction, memory):
+    x, weight = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    target = torch.randint(0, 11, (2, 5, 3))
+    target[0, :2, 1] = -100
+    slots = torch.tensor([1.0, 2.0, 0.5])
+    expected = reference.patch_cross_entropy(x @ weight.T, target, reduction="none")
+    for needed in (False, True):
+        options = {"target_weight": slots, "reduction": reduction, "return_losses": True}
+        given = x.clone().requires_grad_(needed)
+        loss, losses = linear_patch_cross_entropy(given, weight, target, memory=memory, **options)
+        torch.testing.assert_close(losses, expected)
+        assert not losses.requires_grad and loss.requires_grad == needed
+        _, losses = patch_cross_entropy(given @ weight.T, target, **options)
+        torch.testing.assert_close(losses, expected)
