@@ -7,104 +7,123 @@ formed from the logits that the model made of them ("materialised"). Which of th
 model when it is enabled: every token K times in patches must give the loss of the tokens once, one by one. A model
 where neither does is refused.
 
-The instance's class is exchanged for a subclass of it, so that ``deepcopy``, pickling, ``save_pretrained``,
-``generate`` and ``state_dict`` keep working; :func:`disable` gives back the very class.
+The classes of the model, its embedding and its head are exchanged for subclasses of them, so that ``deepcopy``,
+pickling, ``save_pretrained``, ``generate`` and ``state_dict`` keep working; :func:`disable` gives back
+the very classes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from patchkernels.linear_patch_cross_entropy import linear_patch_cross_entropy
+from patchkernels.hf_modules import LossHead, MeanEmbedding, Mixed, Step, exchange, is_plain, restore
+from patchkernels.hf_probe import inexactness, logit_map
 from patchkernels.patch_cross_entropy import next_patch_targets, patch_cross_entropy
 
 logger = logging.getLogger("patchkernels")
 Model = TypeVar("Model", bound=nn.Module)
 
-PROBE_PATCH_SIZE, PROBE_TOKENS = 2, 6
-# of the loss of repeated tokens against that of the tokens, which transformers takes in fp32
-PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-class LogitMap(NamedTuple):
-    """What a model makes of ``lm_head``'s logits: ``softcap * tanh(scale z / softcap)``, or ``scale z`` without."""
-
-    scale: float = 1.0
-    softcap: float | None = None
+TRANSFORMERS = (5, 0)  # the oldest that is known to work
 
 
 class PatchSizeError(ValueError):
     """A batch that cannot be cut into patches."""
 
 
-def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean") -> Model:
+def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_smoothing: float = 0.0) -> Model:
     """``model(input_ids, labels=labels)`` becomes a step on patches of ``patch_size`` tokens (PatchTrain, section 2).
 
-    ``model.patch_size`` may be changed at any time; 1 is the model's ordinary step, untouched. The loss is the mean of
-    all valid targets' losses, or ``reduction="slot_mean"``; with ``num_items_in_batch`` their sum over that number.
+    ``model.patch_size`` may be changed at any time; 1 is the model's ordinary step, untouched. A batch may also bring
+    its patches itself: ``shift_labels`` of shape (B, P, K), as :func:`patchkernels.next_patch_targets` makes them, is a
+    step on patches of K whatever ``model.patch_size`` is. The loss is the mean of all valid targets' losses, or
+    ``reduction="slot_mean"``; with ``num_items_in_batch`` their sum over that number.
+
     In a patch step ``input_ids`` (B, T) and ``labels`` (B, T) are unshifted, T divisible by K; padding is on the
     right; packed documents (``position_ids``) begin on patch boundaries. The fused loss gives no logits.
 
-    Returns the model itself.
+    Args:
+        model: a causal language model of transformers, or PEFT's wrapper of one.
+        patch_size: K, at least 1.
+        reduction: ``"mean"`` or ``"slot_mean"``, as :func:`patchkernels.patch_cross_entropy`.
+        label_smoothing: of patch steps.
+
+    Returns:
+        the model itself.
 
     Raises:
-        TypeError: not a causal language model of transformers.
+        TypeError: not a causal language model of transformers: another class, no output head, an encoder-decoder.
         ValueError: K < 1, an unknown reduction, or a model in which no patch step is exact, with the reason.
+        ImportError: transformers older than 5.0.
     """
-    from transformers import PreTrainedModel
+    import transformers
 
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
-    patched: Any = model
-    name = type(model).__name__
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < TRANSFORMERS:
+        raise ImportError(f"patchkernels.hf needs transformers >= 5.0, found {transformers.__version__}")
+    patched = unwrap(model)
+    name = type(patched).__name__
+    if not isinstance(patched, transformers.PreTrainedModel):
+        raise TypeError(f"expected a transformers PreTrainedModel, got {name}")
     if patched.config.is_encoder_decoder:
         raise TypeError(f"{name} is an encoder-decoder; patches need a causal language model")
     if not isinstance(patched.get_output_embeddings(), nn.Module):
         raise TypeError(f"{name} has no output head (get_output_embeddings() is {patched.get_output_embeddings()})")
     if reduction not in ("mean", "slot_mean"):
         raise ValueError(f"reduction must be 'mean' or 'slot_mean', got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_patch_size(patch_size)
     enabled = isinstance(patched, PatchSteps)
     if not enabled:
-        exchange(model, PatchSteps)
-    try:
-        patched.patch_size, patched._patch_reduction = patch_size, reduction
-        if not enabled:
-            choose_map(patched, name)
-    except Exception:
-        if not enabled:
-            disable(model)
-        raise
+        mix_in(patched, name)
+    step: Any = patched._patch
+    step.patch_size, step.reduction, step.label_smoothing = patch_size, reduction, label_smoothing
+    if patched is not model and not isinstance(model, PatchSize):
+        exchange(model, PatchSize, step)
     return model
 
 
-def choose_map(model: Any, name: str) -> None:
-    """Fused if that is exact, else materialised if that is; ValueError otherwise."""
-    model._patch_map = logit_map(model)
-    reason = inexactness(model)
-    if reason and model._patch_map is not None:
-        model._patch_map = None
+def mix_in(model: Any, name: str) -> None:
+    """Fused if that is exact, else materialised if that is; ValueError otherwise, and the model as it was."""
+    step = Step()
+    exchange(model, PatchSteps, step)
+    try:
+        embedding = model.get_input_embeddings()
+        if is_plain(embedding, nn.Embedding) and embedding.max_norm is None and not embedding.scale_grad_by_freq:
+            exchange(embedding, MeanEmbedding, step)
+        step.map = logit_map(model)
+        if step.map is not None:
+            exchange(model.get_output_embeddings(), LossHead, step)
         reason = inexactness(model)
-    if reason:
-        raise ValueError(f"no patch step of {name} is exact: {reason}")
-    if model._patch_map is None:
+        if reason and step.map is not None:
+            restore(model.get_output_embeddings())
+            step.map = None
+            reason = inexactness(model)
+        if reason:
+            raise ValueError(f"no patch step of {name} is exact: {reason}")
+    except Exception:
+        disable(model)
+        raise
+    if step.map is None:
         logger.warning("%s: the loss is formed from materialised logits, since it changes those of its head", name)
 
 
 def disable(model: Model) -> Model:
-    """Gives back the class that the model had; without effect on one that is not enabled."""
-    patched: Any = model
-    if isinstance(patched, PatchSteps):
-        restore(patched)
-        for name in ("_patch_size", "_patch_reduction", "_patch_map", "_patch_target"):
-            patched.__dict__.pop(name, None)
+    """Gives back the classes that the model and its modules had; without effect on one that is not enabled."""
+    for module in (model, *model.modules()):
+        restore(module)
     return model
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager
@@ -117,153 +136,133 @@ def token_level(model: Any) -> Iterator[None]:
         model.patch_size = before
 
 
-class PatchSteps:
-    """Mixed in before a model's own class."""
+def check_patch_size(value: int) -> None:
+    if value < 1:
+        raise ValueError(f"patch_size must be at least 1, got {value}")
 
-    _patch_map: LogitMap | None  # None: materialised
-    _patch_reduction: str
-    _patch_size: int
-    _patch_target: Tensor | None = None  # (B, P, K) during a patch step
+
+class PatchSize(Mixed):
+    """Mixed in before the class of a wrapper."""
 
     @property
     def patch_size(self) -> int:
-        return self._patch_size
+        return self._patch.patch_size
 
     @patch_size.setter
     def patch_size(self, value: int) -> None:
-        if value < 1:
-            raise ValueError(f"patch_size must be at least 1, got {value}")
-        self._patch_size = value
+        check_patch_size(value)
+        self._patch.patch_size = value
+
+
+class PatchSteps(PatchSize):
+    """Mixed in before a model's own class."""
+
+    _patch_arguments: tuple[str, ...]  # of the model's own forward, in order
+
+    @classmethod
+    def names(cls, own: Any) -> dict[str, Any]:
+        """A forward with the signature of the model's own: generate and Trainer look there for what it takes."""
+
+        @functools.wraps(own.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return PatchSteps.forward(self, *args, **kwargs)
+
+        return {"forward": forward, "_patch_arguments": tuple(inspect.signature(own.forward).parameters)[1:]}
 
     @property
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        if self._patch_target is None:
+        if self._patch.target is None:
             own: Callable[..., Tensor] = super().loss_function  # type: ignore[misc]
             return own
-        return functools.partial(patch_loss, self)
+        return functools.partial(patch_loss, self._patch)
 
     @loss_function.setter
     def loss_function(self: Any, value: Any) -> None:
         self._loss_function = value
 
-    def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = super().forward  # type: ignore[misc]
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
-        kwargs |= {key: value for key, value in given.items() if value is not None}
-        size = self.patch_size
-        if size == 1 or kwargs.get("past_key_values") is not None:
-            return own(input_ids=input_ids, **kwargs)
-        if input_ids is None:
+        kwargs.update(zip(self._patch_arguments, args))
+        step: Step = self._patch
+        target: Any = kwargs.get("shift_labels")
+        brought = target is not None and target.ndim == 3
+        if not brought and (step.patch_size == 1 or kwargs.get("past_key_values") is not None):
+            return own(**kwargs)
+        size = target.shape[2] if brought else step.patch_size
+        ids: Tensor | None = kwargs.pop("input_ids", None)
+        labels: Tensor | None = kwargs.pop("labels", None)
+        kwargs.pop("shift_labels", None)
+        if ids is None:
             raise PatchSizeError(
                 "a patch step needs input_ids; embeddings of tokens cannot be told from those of patches"
             )
-        if labels is None:
-            raise PatchSizeError("a patch step needs labels; for logits or generation set model.patch_size = 1")
-        if input_ids.ndim != 2 or input_ids.shape[1] % size or labels.shape != input_ids.shape:
-            raise PatchSizeError(
-                f"a patch step needs input_ids and labels (B, T) with T divisible by patch_size={size}, "
-                f"got {tuple(input_ids.shape)} and {tuple(labels.shape)}"
-            )
-        if attention_mask is not None:
-            kwargs["attention_mask"] = patch_mask(attention_mask, input_ids, size)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids[..., ::size] // size
-        embedded = self.get_input_embeddings()(input_ids)
-        kwargs["inputs_embeds"] = embedded.unflatten(1, (-1, size)).mean(2)
-        target = next_patch_targets(labels, size)
-        kwargs["labels"] = target[..., 0].contiguous()  # read by no one but to see that there are some
-        if position_ids is not None:  # a document's first patch is predicted by no other document
-            begins = kwargs["position_ids"][..., 1:] == 0
+        if brought:
+            if ids.ndim != 2 or (len(ids), ids.shape[1]) != (len(target), target.shape[1] * size):
+                raise PatchSizeError(
+                    f"shift_labels (B, P, K) need input_ids (B, P K), got {tuple(target.shape)} and {tuple(ids.shape)}"
+                )
+        else:
+            if labels is None:
+                raise PatchSizeError("a patch step needs labels; for logits or generation set model.patch_size = 1")
+            if ids.ndim != 2 or ids.shape[1] % size or labels.shape != ids.shape:
+                raise PatchSizeError(
+                    f"a patch step needs input_ids and labels (B, T) with T divisible by patch_size={size}, "
+                    f"got {tuple(ids.shape)} and {tuple(labels.shape)}"
+                )
+            target = next_patch_targets(labels, size)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = patch_mask(kwargs["attention_mask"], ids, size)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = patch_positions(kwargs["position_ids"], size)
+            # a document's first patch is predicted by no other document
+            begins = kwargs["position_ids"].reshape(-1, *kwargs["position_ids"].shape[-2:])[0][:, 1:] == 0
+            target = target.clone()
             target[:, :-1].masked_fill_(begins.expand(len(target), -1).unsqueeze(-1), -100)
+        kwargs["inputs_embeds"] = self.patch_embeddings(ids, size)
+        kwargs["labels"] = target[..., 0].contiguous()  # read by no one but to see that there are some
         kwargs.setdefault("use_cache", False)
-        self._patch_target = target
         head = self.get_output_embeddings()
-        fused = self._patch_map is not None
+        step.target = target
+        # an adapter put around the head since then wants its logits
+        step.fused = step.map is not None and isinstance(head, LossHead) and is_plain(head, nn.Linear)
+        fused = step.fused
         try:
-            with head_loss(head, self) if fused else contextlib.nullcontext():
-                out = own(**kwargs | {"return_dict": True})
+            out = own(**kwargs | {"return_dict": True})
         finally:
-            self._patch_target = None
+            step.target, step.loss, step.fused = None, None, False
+        step.counted = target != -100
         if fused:
             out.logits = None
         return out
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Unlike its class, which was made here, the class that the model had can be found by pickle."""
-        return rebuild, (type(self)._patch_own, PatchSteps), self.__dict__.copy()  # type: ignore[attr-defined]
-
-
-class LossHead:
-    """Mixed in before the class of a head: during a fused patch step it returns the loss, shaped like one logit."""
-
-    _patch_model: Any
-
-    def forward(self: Any, hidden: Tensor) -> Tensor:
-        model = self._patch_model
-        scale, softcap = model._patch_map
-        loss = linear_patch_cross_entropy(
-            hidden * scale if scale != 1 else hidden,
-            self.weight,
-            model._patch_target,
-            linear_bias=None if self.bias is None else self.bias * scale,
-            softcap=softcap,
-            reduction=model._patch_reduction,
-        )
-        model._patch_loss = loss
-        return loss.reshape(1, 1, 1)
-
-
-@contextlib.contextmanager
-def head_loss(head: nn.Module, model: Any) -> Iterator[None]:
-    """``head(hidden)`` gives the loss of ``model``'s patch step inside the block."""
-    exchange(head, LossHead)
-    head.__dict__["_patch_model"] = model
-    try:
-        yield
-    finally:
-        del head.__dict__["_patch_model"]
-        restore(head)
-
-
-@functools.cache
-def mixed(own: Any, mixin: Any) -> Any:
-    """``own`` with ``mixin`` before it, under the same name: that is what ``save_pretrained`` writes."""
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "_patch_own": own}
-    return type(own.__name__, (mixin, own), names)
-
-
-def exchange(module: Any, mixin: Any) -> None:
-    own: Any = type(module)
-    module.__class__ = mixed(own, mixin)
-
-
-def restore(module: Any) -> None:
-    module.__class__ = type(module)._patch_own
-
-
-def rebuild(own: Any, mixin: Any) -> Any:
-    cls = mixed(own, mixin)
-    return cls.__new__(cls)
+    def patch_embeddings(self: Any, ids: Tensor, size: int) -> Tensor:
+        """(B, P, D)"""
+        embedding = self.get_input_embeddings()
+        if isinstance(embedding, MeanEmbedding):  # and not an adapter put around it since
+            self._patch.embedding_size = size
+        try:
+            embedded: Tensor = embedding(ids)
+        finally:
+            self._patch.embedding_size = 1
+        averaged = embedded.shape[1] * size == ids.shape[1]
+        return embedded if averaged else embedded.unflatten(1, (-1, size)).mean(2)
 
 
 def patch_loss(
-    model: Any, logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **__: Any
+    step: Step, logits: Tensor, labels: Tensor, *_: Any, num_items_in_batch: Any = None, **__: Any
 ) -> Tensor:
     """In place of the model's ``loss_function``."""
-    target: Tensor = model._patch_target
-    if model._patch_map is not None:
-        loss: Tensor = model.__dict__.pop("_patch_loss")
+    target = step.target
+    assert target is not None
+    if step.fused:
+        loss: Any = step.loss
     else:
-        loss = patch_cross_entropy(logits, target, reduction=model._patch_reduction)
+        loss, step.losses = patch_cross_entropy(
+            logits, target, reduction=step.reduction, label_smoothing=step.label_smoothing, return_losses=True
+        )
     if num_items_in_batch is None:
-        return loss
+        found: Tensor = loss
+        return found
     # the mean of so many targets becomes their sum over the number that the trainer counted
     counted: Tensor = loss * (target != -100).sum() / num_items_in_batch
     return counted
@@ -281,80 +280,12 @@ def patch_mask(attention_mask: Tensor, input_ids: Tensor, patch_size: int) -> Te
     return attention_mask[:, ::patch_size].contiguous()
 
 
-def logit_map(model: Any) -> LogitMap | None:
-    """How the model's ``loss_function`` sees its head's logits, found by feeding it some; None: in no simple way."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return None
-    seen: list[Tensor] = []
-    probe = torch.linspace(-3, 3, head.out_features).to(head.weight)
-    hook = head.register_forward_hook(lambda module, args, out: probe.expand_as(out))
-    own = model.__dict__.get("_loss_function")
-
-    def spy(logits: Tensor, *_: Any, **__: Any) -> Tensor:
-        seen.append(logits.detach().double().flatten(0, -2)[0])
-        return logits.sum()
-
-    try:
-        model._loss_function = spy
-        ids = probe_ids(model)
-        with probing(model), token_level(model):
-            model(input_ids=ids, labels=ids)
-    except Exception:  # what a model cannot do here it may do otherwise: the materialised step is tried next
-        return None
-    finally:
-        hook.remove()
-        del model._loss_function
-        if own is not None:
-            model._loss_function = own
-    z = probe.double()
-    if len(seen) != 1 or seen[0].shape != z.shape:
-        return None
-    scale = float(seen[0] @ z / (z @ z))
-    tolerance = PROBE_TOLERANCE[head.weight.dtype]
-    for candidate in (1.0, scale):
-        if torch.allclose(seen[0], candidate * z, rtol=tolerance, atol=tolerance):
-            return LogitMap(candidate)
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap and torch.allclose(seen[0], softcap * torch.tanh(z / softcap), rtol=tolerance, atol=tolerance):
-        return LogitMap(1.0, float(softcap))
-    return None
-
-
-def inexactness(model: Any) -> str:
-    """Why a patch step is not exact, or an empty string: tokens repeated K times against the tokens themselves."""
-    ids = probe_ids(model)
-    repeated = ids.repeat_interleave(PROBE_PATCH_SIZE, 1)
-    size = model.patch_size
-    try:
-        with probing(model):
-            model.patch_size = 1
-            expected = float(model(input_ids=ids, labels=ids).loss)
-            model.patch_size = PROBE_PATCH_SIZE
-            found = float(model(input_ids=repeated, labels=repeated).loss)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        model.patch_size = size
-    tolerance = PROBE_TOLERANCE[next(model.parameters()).dtype]
-    if abs(found - expected) <= tolerance * max(abs(expected), 1):
-        return ""
-    return f"tokens repeated {PROBE_PATCH_SIZE} times in patches give a loss of {found:.6g}, the tokens {expected:.6g}"
-
-
-def probe_ids(model: Any) -> Tensor:
-    """(1, PROBE_TOKENS)"""
-    vocab: int = model.get_input_embeddings().num_embeddings
-    return (torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None] * 7 + 11) % vocab
-
-
-@contextlib.contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout, or a trace in the random state."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        model.train(training)
+def patch_positions(position_ids: Tensor, patch_size: int) -> Tensor:
+    """(..., T) to (..., P), counted from 0 in every document."""
+    patches = position_ids.unflatten(-1, (-1, patch_size)) // patch_size
+    first: Tensor = patches[..., 0]
+    if position_ids.device.type == "cpu" and bool((patches != first.unsqueeze(-1)).any()):
+        raise PatchSizeError(
+            f"every document of position_ids must begin on a patch boundary, a multiple of patch_size={patch_size}"
+        )
+    return first

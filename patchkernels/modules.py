@@ -67,4 +67,5 @@ class PatchLMHead(nn.Linear):
             if options:
                 raise ValueError(f"options of the loss need a target, got {sorted(options)} without one")
             return super().forward(input)
-        return linear_patch_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
+        loss: Tensor = linear_patch_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
+        return loss

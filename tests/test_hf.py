@@ -68,7 +68,7 @@ def test_repeated_tokens_in_patches_are_the_tokens(name):
     labels[0, :3] = -100
     expected = loss_and_gradients(model, ids, labels)
     assert hf.enable(model, 4) is model
-    assert (model._patch_map is not None) == MODELS[name][1]
+    assert (model._patch.map is not None) == MODELS[name][1]
     repeated = (t.repeat_interleave(4, 1) for t in (ids, labels))
     found = loss_and_gradients(model, *repeated)
     assert len(found) == len(expected)
@@ -91,6 +91,92 @@ def test_random_tokens_are_averaged(name, reduction):
     out = model(input_ids=ids, labels=labels)
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=0)
     assert out.logits is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_loss_of_the_paper(size):
+    """PatchTrain, section 2, on a Llama: mean embeddings in, and the mean over slots of each slot's cross entropy."""
+    model = tiny("Llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    ids = torch.randint(3, 64, (3, 24))
+    labels = ids.clone()
+    labels[1, 13:] = -100
+    means = model.model.embed_tokens(ids).view(3, -1, size, 32).mean(2)
+    logits = model.lm_head(model.model(inputs_embeds=means).last_hidden_state)[:, :-1]
+    slots = [labels[:, size + k :: size] for k in range(size)]
+    expected = sum(torch.nn.functional.cross_entropy(logits.transpose(1, 2), slot) for slot in slots) / size
+    parameters = list(model.parameters())
+    exact = [expected, *torch.autograd.grad(expected, parameters)]
+    hf.enable(model, size, reduction="slot_mean")
+    targets = next_patch_targets(labels, size)  # K = 1 in patches too: without them it is transformers' own loss
+    for given in ({"labels": labels}, {"shift_labels": targets}):
+        if size == 1 and "labels" in given:
+            continue
+        loss = model(input_ids=ids, **given).loss
+        for a, b in zip([loss, *torch.autograd.grad(loss, parameters)], exact):
+            assert relative_error(a, b) < 1e-12
+    ours = model._patch.losses.sum((0, 1)) / model._patch.counted.sum((0, 1))
+    torch.testing.assert_close(ours.mean(), expected)
+
+
+def test_a_batch_brings_its_patches_whatever_the_patch_size_is():
+    model = hf.enable(tiny("Llama"), 4)
+    ids = torch.randint(3, 64, (2, 16))
+    for size in (2, 4, 8):
+        model.patch_size = size
+        expected = model(input_ids=ids, labels=ids).loss
+        model.patch_size = 1
+        found = model(input_ids=ids, labels=ids, shift_labels=next_patch_targets(ids, size)).loss
+        assert torch.equal(found, expected)
+
+
+def test_embeddings_are_averaged_by_the_operator_with_no_gradient_at_padding():
+    model = tiny("Llama")
+    table = model.model.embed_tokens
+    table.padding_idx = 5
+    ids = torch.randint(3, 64, (2, 8))
+    ids[0, 2] = 5
+    targets = next_patch_targets(ids, 4)
+    means = table(ids).unflatten(1, (2, 4)).mean(2)
+    expected = reference.patch_cross_entropy(model(inputs_embeds=means).logits, targets)
+    (gradient,) = torch.autograd.grad(expected, [table.weight])
+    hf.enable(model, 4)
+    with torch.profiler.profile() as profile:
+        loss = model(input_ids=ids, labels=ids).loss
+    assert "patchkernels::patch_embedding" in {event.key for event in profile.key_averages()}
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [table.weight])[0], gradient)
+    assert not gradient[5].any()
+
+
+def test_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    ids = torch.randint(3, 64, (2, 8))
+    repeated = ids.repeat_interleave(4, 1)
+    for order in ("enabled first", "wrapped first"):
+        for modules, fused in ((["q_proj", "v_proj"], True), (["q_proj", "lm_head", "embed_tokens"], False)):
+            model = tiny("Llama")
+            config = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+            if order == "enabled first":
+                hf.enable(model, 4)
+                model.patch_size = 1
+            model = peft.get_peft_model(model, config).eval()
+            expected = loss_and_gradients(model, ids, ids)
+            assert hf.enable(model, 4) is model
+            assert model.patch_size == 4
+            for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                out = again(input_ids=repeated, labels=repeated)
+                assert (out.logits is None) == fused
+                for a, b in zip(loss_and_gradients(again, repeated, repeated), expected, strict=True):
+                    assert relative_error(a, b) < 2e-6
+            with hf.token_level(model):
+                torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected[0])
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny("Llama"), tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids, labels=ids).loss, expected[0], rtol=1e-5, atol=0)
+    assert not any(hasattr(type(module), "_patch_own") for module in hf.disable(model).modules())
 
 
 def test_a_model_that_changes_its_logits_otherwise_is_materialised_and_says_so(caplog):
@@ -128,7 +214,7 @@ def test_an_inexact_model_is_refused_and_left_as_it_was():
     with pytest.raises(ValueError, match=r"no patch step of Sliding is exact: tokens repeated 2 times"):
         hf.enable(model, 4)
     assert type(model) is Sliding
-    assert not any(key.startswith("_patch") for key in model.__dict__)
+    assert not any(key.startswith("_patch") for module in model.modules() for key in module.__dict__)
 
 
 def test_token_level_steps_and_what_else_a_model_does_are_untouched(tmp_path):
@@ -157,7 +243,7 @@ def test_token_level_steps_and_what_else_a_model_does_are_untouched(tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, expected.logits)
     assert hf.disable(model) is model
     assert type(model) is own
-    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.lm_head) is torch.nn.Linear and type(model.model.embed_tokens) is torch.nn.Embedding
     assert torch.equal(model(input_ids=ids, labels=ids).loss, expected.loss)
 
 
@@ -172,7 +258,7 @@ def test_checkpointing_autocast_compile_and_counted_items():
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected[0], rtol=2e-2, atol=0)
     counted = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss
     torch.testing.assert_close(counted, expected[0] * (2 * 3 * 4) / 48)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids, labels=ids).loss, expected[0])
 
 
@@ -192,6 +278,13 @@ def test_right_padding_and_packed_documents():
     torch.testing.assert_close(together, torch.stack(apart).mean())
 
 
+def test_an_old_transformers(monkeypatch):
+    model = tiny("Llama")
+    monkeypatch.setattr("transformers.__version__", "4.57.3")
+    with pytest.raises(ImportError, match=r"needs transformers >= 5.0, found 4.57.3"):
+        hf.enable(model, 4)
+
+
 def test_bad_input():
     model = hf.enable(tiny("Llama"), 4)
     ids = torch.randint(3, 64, (2, 8))
@@ -202,9 +295,13 @@ def test_bad_input():
         ({"input_ids": ids, "labels": ids[:, :4]}, r"\(2, 8\) and \(2, 4\)"),
         ({"input_ids": ids, "labels": ids, "attention_mask": (torch.arange(8) > 3).expand(2, 8)}, "right padding"),
         ({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(2, 4)}, "shape of input_ids"),
+        ({"input_ids": ids, "shift_labels": torch.zeros(2, 3, 4)}, r"\(2, 3, 4\) and \(2, 8\)"),
+        ({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]])}, "patch boundary"),
     ):
         with pytest.raises(hf.PatchSizeError, match=message):
             model(**arguments)
+    with pytest.raises(RuntimeError, match="torchrun"):
+        model._replicate_for_data_parallel()
     with pytest.raises(ValueError, match="got 0"):
         model.patch_size = 0
     with pytest.raises(ValueError, match="'sum'"):
