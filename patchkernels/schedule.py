@@ -95,8 +95,10 @@ class Schedule:
 
     @property
     def steps(self) -> list[int]:
-        """Optimizer steps of each phase."""
-        return [round(p.share * self.total_tokens / (self.batch_size * self.row_tokens(p))) for p in self.phases]
+        """Optimizer steps of each phase; rounded where phases end, so that the sum is the rounded total."""
+        exact = [p.share * self.total_tokens / (self.batch_size * self.row_tokens(p)) for p in self.phases]
+        ends = [round(end) for end in accumulate(exact)]
+        return [end - start for start, end in zip([0, *ends], ends)]
 
     @property
     def total_steps(self) -> int:
