@@ -265,7 +265,7 @@ def is_stream(dataset: Any) -> bool:
     return dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"))
 
 
-class Switch(TrainerCallback):  # type: ignore[misc]
+class Switch(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """What happens where a phase ends and the next begins, and where an epoch of the examples ends."""
 
     def __init__(self, trainer: Any) -> None:
