@@ -20,8 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from patchkernels.flops import register_flops
-from patchkernels.linear_parts import add_product, logits_buffer, unit_scale, without_autocast
-from patchkernels.patch_cross_entropy import LossOptions, cap_, check_range, row_losses, softmax_to_gradient_
+from patchkernels.linear_parts import (
+    add_product,
+    logits_buffer,
+    slice_dlogits,
+    slice_statistics_,
+    unit_scale,
+    without_autocast,
+)
+from patchkernels.patch_cross_entropy import LossOptions, check_range, row_losses
 from patchkernels.patch_embedding import accumulation_dtype
 
 
@@ -107,12 +114,7 @@ def _forward(
     statistics[0] = -torch.inf
     picked = x.new_zeros(target.shape, dtype=dtype)
     for first, z in _slices(x, weight, bias, columns, backend):
-        if backend == "triton":
-            from patchkernels.kernels import cross_entropy as kernels
-
-            kernels.slice_statistics_(z, first, target, statistics, picked, options)
-        else:
-            _statistics_(z.to(dtype), first, target, statistics, picked, options)
+        slice_statistics_(z, first, target, statistics, picked, options, backend)
     largest, total, sum_z = statistics
     lse = largest + total.log()
     return row_losses(lse, picked, sum_z / len(weight), target, len(weight), options), lse
@@ -160,16 +162,7 @@ def _backward(
     sum_dx = x.new_zeros(dx.shape, dtype=dtype)
     for first, z in _slices(x, weight, bias, columns, backend):
         classes = slice(first, first + z.shape[1])
-        if backend == "triton":
-            from patchkernels.kernels import cross_entropy as kernels
-
-            kernels.slice_gradient_(z, first, vocab, target, c, lse, options)
-            dz = z
-        else:
-            p = z.to(dtype)
-            slope = None if softcap is None else cap_(p, softcap)
-            p.sub_(lse.unsqueeze(1)).exp_()
-            dz = softmax_to_gradient_(p, target, c, lse, slope, options, first, vocab).to(x.dtype)
+        dz = slice_dlogits(z, first, vocab, target, c, lse, options, backend)
         if needs[0]:
             add_product(sum_dx, dz, weight[classes])
         if needs[1]:
@@ -234,21 +227,3 @@ def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, backen
         else:
             torch.addmm(bias[first : first + columns], x, part.T, out=z)
         yield first, z
-
-
-def _statistics_(
-    z: Tensor, first: int, target: Tensor, statistics: Tensor, picked: Tensor, options: LossOptions
-) -> None:
-    """The eager twin of ``kernels.cross_entropy.slice_statistics_``; ``z`` is overwritten."""
-    if options.softcap is not None:
-        cap_(z, options.softcap)
-    place = target - first
-    inside = (place >= 0) & (place < z.shape[1])
-    found = z.gather(1, place.clamp(0, z.shape[1] - 1).long())
-    picked.copy_(torch.where(inside, found, picked))
-    largest, total, sum_z = statistics
-    new_largest = torch.maximum(largest, z.amax(1))
-    shift = new_largest.masked_fill(new_largest == -torch.inf, 0)
-    sum_z += z.sum(1)
-    total.mul_((largest - shift).exp_()).add_(z.sub_(shift.unsqueeze(1)).exp_().sum(1))
-    largest.copy_(new_largest)

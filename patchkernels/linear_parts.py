@@ -1,13 +1,16 @@
-"""What the two pipelines of the fused linear loss share: budgets, buffers, one matrix product, one scale."""
+"""What the pipelines of the fused linear loss share: budgets, buffers, a product, a scale, slices of the vocabulary."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from patchkernels.patch_cross_entropy import LossOptions, cap_, softmax_to_gradient_
+from patchkernels.patch_embedding import accumulation_dtype
 
 # Bytes of logits held at a time. fp32 dW is read and written once a chunk, so few large chunks are fast; a loss
 # without gradients has no dW and takes smaller ones.
@@ -60,3 +63,85 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def slice_statistics_(
+    z: Tensor,  # (N, v), the logits of the classes from ``first`` on; eager code overwrites them
+    first: int,
+    target: Tensor,  # (N, K)
+    statistics: Tensor,  # (3, N): max z, sum exp(z - max), sum z
+    picked: Tensor,  # (N, K), the targets' logits
+    options: LossOptions,
+    backend: str,
+) -> None:
+    """Goes on with the statistics of rows over some more of their classes."""
+    if backend == "triton":
+        from patchkernels.kernels import cross_entropy as kernels
+
+        kernels.slice_statistics_(z, first, target, statistics, picked, options)
+        return
+    z = z.to(statistics.dtype)
+    if options.softcap is not None:
+        cap_(z, options.softcap)
+    place = target - first
+    inside = (place >= 0) & (place < z.shape[1])
+    found = z.gather(1, place.clamp(0, z.shape[1] - 1).long())
+    picked.copy_(torch.where(inside, found, picked))
+    largest, total, sum_z = statistics
+    new_largest = torch.maximum(largest, z.amax(1))
+    shift = new_largest.masked_fill(new_largest == -torch.inf, 0)
+    sum_z += z.sum(1)
+    total.mul_((largest - shift).exp_()).add_(z.sub_(shift.unsqueeze(1)).exp_().sum(1))
+    largest.copy_(new_largest)
+
+
+def slice_dlogits(
+    z: Tensor,  # (N, v); kernels overwrite them
+    first: int,
+    vocab: int,
+    target: Tensor,  # (N, K)
+    c: Tensor,  # (N, K), dL/dl
+    lse: Tensor,  # (N), over the whole vocabulary
+    options: LossOptions,
+    backend: str,
+) -> Tensor:
+    """``dz (N, v)`` of the classes from ``first`` on, in the dtype of ``z``."""
+    if backend == "triton":
+        from patchkernels.kernels import cross_entropy as kernels
+
+        kernels.slice_gradient_(z, first, vocab, target, c, lse, options)
+        return z
+    p = z.to(accumulation_dtype(z.dtype))
+    slope = None if options.softcap is None else cap_(p, options.softcap)
+    p.sub_(lse.unsqueeze(1)).exp_()
+    return softmax_to_gradient_(p, target, c, lse, slope, options, first, vocab).to(z.dtype)
+
+
+def linear_outputs(
+    x: Tensor, weight: Tensor, target: Tensor, c: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``l (N, K)``, ``dx (N, D)``, ``dW (V, D)`` and ``db (V)`` in fp32; those not needed are empty."""
+    dtype = accumulation_dtype(x.dtype)
+    wanted = [c is not None and needed for needed in needs]
+    return (
+        x.new_empty(target.shape, dtype=dtype),
+        x.new_empty(x.shape if wanted[0] else (0,)),
+        x.new_empty(weight.shape if wanted[1] else (0,), dtype=dtype),
+        x.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=dtype),
+    )
+
+
+def linear_flops(
+    x_shape: Any,
+    w_shape: Any,
+    bias: Any,
+    target: Any,
+    c: Any,
+    needs: Any,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    """``2 N V D`` for the logits, and as much for dx and for dW."""
+    products = 1 if c is None else 1 + needs[0] + needs[1]
+    return int(2 * x_shape[0] * x_shape[1] * w_shape[0] * products)

@@ -14,9 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
+import patchkernels.linear_vocab_parallel  # noqa: F401  (registers its operator)
 from patchkernels import backend as _backend
 from patchkernels.flops import register_flops
 from patchkernels.linear_low_memory import low_memory_losses
@@ -25,10 +28,13 @@ from patchkernels.linear_parts import (
     LOGITS_BYTES_LOSS_ONLY,
     add_product,
     chunk_rows,
+    linear_flops,
+    linear_outputs,
     logits_buffer,
     unit_scale,
     without_autocast,
 )
+from patchkernels.parallel import VocabShard, like, replicated, vocab_shard
 from patchkernels.patch_cross_entropy import (
     LossOptions,
     check_arguments,
@@ -58,6 +64,7 @@ def linear_patch_cross_entropy(
     memory: str = "default",
     logits_bytes: int | None = None,
     return_losses: bool = False,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Any:
     r"""``patch_cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`` without keeping the logits.
@@ -79,6 +86,11 @@ def linear_patch_cross_entropy(
         return_losses: also what was reduced, at no further cost: ``(loss, losses)``, the latter without gradient,
             unweighted, in the shape of ``target``, 0 where that is ignored.
 
+        process_group: the head is sharded by its rows (vocabulary parallel): every process gives its own classes, shape
+            ``(V_r, D)``, in the order of ranks and as many as it has, and the same input and targets, which are classes
+            of the whole vocabulary. Loss and ``dx`` are the same on all processes. A head that is a DTensor of
+            placements ``Shard(0)`` says so itself. See :mod:`patchkernels.linear_vocab_parallel`.
+
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
         is the logits budget, plus ``4 V D`` bytes for dW in fp32 where the head needs a gradient; for
@@ -93,13 +105,20 @@ def linear_patch_cross_entropy(
             f"linear_weight must have shape (V, D) for an input of shape (..., D): got {tuple(linear_weight.shape)} "
             f"for input {tuple(input.shape)}"
         )
-    vocab, hidden = linear_weight.shape
+    given = input
+    input, target = replicated(input, "input"), replicated(target, "target")
+    linear_weight, shard = vocab_shard(linear_weight, process_group, "linear_weight")
+    if linear_bias is not None and isinstance(linear_bias, DTensor):
+        linear_bias = vocab_shard(linear_bias, None, "linear_bias")[0]
+    vocab, hidden = (shard.vocab if shard else len(linear_weight)), linear_weight.shape[1]
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
     check_arguments(input, target, vocab, options, "hidden states (..., D)")
-    if linear_bias is not None and linear_bias.shape != (vocab,):
-        raise ValueError(f"linear_bias must have shape ({vocab},), got {tuple(linear_bias.shape)}")
+    if linear_bias is not None and linear_bias.shape != (len(linear_weight),):
+        raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
     if memory not in MEMORIES:
         raise ValueError(f"memory must be one of {MEMORIES}, got {memory!r}")
+    if shard and memory == "low":
+        raise ValueError("memory='low' is for a head that one process holds; a sharded one takes memory='default'")
     if logits_bytes is not None and logits_bytes < 1:
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
     device = input.device.type
@@ -121,15 +140,16 @@ def linear_patch_cross_entropy(
     if memory == "low":
         losses = low_memory_losses(x, linear_weight, linear_bias, rows, needs, options, logits_bytes, engine)
         loss = reduce_losses(losses, coefficient, target.shape, reduction)
-        return (loss, losses.detach().view(target.shape)) if return_losses else loss
+        return (loss, losses.detach().view(target.shape)) if return_losses else like(loss, given)
     budgets = LOGITS_BYTES if any(needs) and reduction != "none" else LOGITS_BYTES_LOSS_ONLY
     budget = logits_bytes or budgets.get(device, budgets["cuda"])
     if reduction == "none" or not any(needs):
-        losses = _LinearLosses.apply(x, linear_weight, linear_bias, rows, needs, options, budget, engine)
+        losses = _LinearLosses.apply(x, linear_weight, linear_bias, rows, needs, options, shard, budget, engine)
         loss = reduce_losses(losses, coefficient, target.shape, reduction)
     else:
-        arguments = (x, linear_weight, linear_bias, rows, coefficient, needs, options, budget, engine)
+        arguments = (x, linear_weight, linear_bias, rows, coefficient, needs, options, shard, budget, engine)
         loss, losses, *_ = _LinearLoss.apply(*arguments)
+    loss = like(loss, given)
     return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
@@ -145,11 +165,12 @@ class _LinearLoss(torch.autograd.Function):
         c: Tensor,
         needs: list[bool],
         options: LossOptions,
+        shard: VocabShard | None,
         budget: int,
         backend: str,
     ) -> tuple[Tensor, ...]:
         scale, unit = unit_scale(c)
-        losses, *grads = _linear_op(x, weight, bias, target, unit, needs, options, budget, backend)
+        losses, *grads = _linear_op(x, weight, bias, target, unit, needs, options, shard, budget, backend)
         return (losses * c).sum(), losses, scale, *grads
 
     @staticmethod
@@ -164,9 +185,9 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         scale, *grads = ctx.saved_tensors
-        return *_scale_gradients(grads, grad * scale, ctx.needs, ctx.dtype), *(None,) * 6
+        return *_scale_gradients(grads, grad * scale, ctx.needs, ctx.dtype), *(None,) * 7
 
 
 class _LinearLosses(torch.autograd.Function):
@@ -180,14 +201,15 @@ class _LinearLosses(torch.autograd.Function):
         target: Tensor,
         needs: list[bool],
         options: LossOptions,
+        shard: VocabShard | None,
         budget: int,
         backend: str,
     ) -> Tensor:
-        return _linear_op(x, weight, bias, target, None, [False] * 3, options, budget, backend)[0]
+        return _linear_op(x, weight, bias, target, None, [False] * 3, options, shard, budget, backend)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, target, ctx.needs, ctx.options, ctx.budget, ctx.backend = inputs
+        x, weight, bias, target, ctx.needs, ctx.options, ctx.shard, ctx.budget, ctx.backend = inputs
         ctx.save_for_backward(x, weight, bias, target)
 
     @staticmethod
@@ -195,8 +217,9 @@ class _LinearLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target = ctx.saved_tensors
         scale, unit = unit_scale(grad)
-        _, *grads = _linear_op(x, weight, bias, target, unit, ctx.needs, ctx.options, ctx.budget, ctx.backend)
-        return *_scale_gradients(grads, scale, ctx.needs, x.dtype), *(None,) * 5
+        given = (ctx.needs, ctx.options, ctx.shard, ctx.budget, ctx.backend)
+        _, *grads = _linear_op(x, weight, bias, target, unit, *given)
+        return *_scale_gradients(grads, scale, ctx.needs, x.dtype), *(None,) * 6
 
 
 def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
@@ -212,11 +235,14 @@ def _linear_op(
     c: Tensor | None,
     needs: list[bool],
     options: LossOptions,
+    shard: VocabShard | None,
     budget: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.patchkernels.linear_patch_cross_entropy(
-        x, weight, bias, target, c, needs, *options, budget, backend
+    ops = torch.ops.patchkernels
+    op = ops.linear_vocab_parallel if shard else ops.linear_patch_cross_entropy
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = op(
+        x, weight, bias, target, c, needs, *(shard or ()), *options, budget, backend
     )
     return out
 
@@ -238,7 +264,7 @@ def _linear(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D) and db (V) in fp32; empty if not needed
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
-    losses, dx, dw, db = _outputs(x, weight, target, c, needs)
+    losses, dx, dw, db = linear_outputs(x, weight, target, c, needs)
     dw.zero_(), db.zero_()
     if backend == "eager":
         check_range(target, len(weight), ignore_index)
@@ -275,39 +301,10 @@ def _(
     logits_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x, weight, target, c, needs)
+    return linear_outputs(x, weight, target, c, needs)
 
 
-def _outputs(
-    x: Tensor, weight: Tensor, target: Tensor, c: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(x.dtype)
-    wanted = [c is not None and needed for needed in needs]
-    return (
-        x.new_empty(target.shape, dtype=dtype),
-        x.new_empty(x.shape if wanted[0] else (0,)),
-        x.new_empty(weight.shape if wanted[1] else (0,), dtype=dtype),
-        x.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=dtype),
-    )
-
-
-def _flops(
-    x_shape: Any,
-    w_shape: Any,
-    bias: Any,
-    target: Any,
-    c: Any,
-    needs: Any,
-    *_: Any,
-    out_shape: Any = None,
-    **__: Any,
-) -> int:
-    """``2 N V D`` for the logits, and as much for dx and for dW."""
-    products = 1 if c is None else 1 + needs[0] + needs[1]
-    return int(2 * x_shape[0] * x_shape[1] * w_shape[0] * products)
-
-
-register_flops(torch.ops.patchkernels.linear_patch_cross_entropy, _flops)
+register_flops(torch.ops.patchkernels.linear_patch_cross_entropy, linear_flops)
 
 
 def _losses_and_dlogits(

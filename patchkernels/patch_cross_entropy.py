@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +23,9 @@ REDUCTIONS = ("mean", "slot_mean", "sum", "none")
 EAGER_CHUNK_BYTES = 2**24  # rows of logits that the eager code holds in fp32 at a time
 
 
-def next_patch_targets(labels: Tensor, patch_size: int, ignore_index: int = -100) -> Tensor:
+def next_patch_targets(
+    labels: Tensor, patch_size: int, ignore_index: int = -100, *, process_group: dist.ProcessGroup | None = None
+) -> Tensor:
     """``target[b, p, k] = labels[b, (p + 1) K + k]``; the last row is all ``ignore_index``.
 
     Row p holds the tokens of patch p + 1, so that there are as many rows as hidden states and nobody slices or
@@ -30,6 +33,10 @@ def next_patch_targets(labels: Tensor, patch_size: int, ignore_index: int = -100
 
     Args:
         labels: unshifted labels, shape ``(..., T)`` with T divisible by ``patch_size``.
+        process_group: the sequence is split over its processes in the order of ranks, at patch boundaries (context
+            parallel): ``labels`` are this process's part, of whatever length. Its last row is then the first patch of
+            the next process, which each tells all. For the mean over the whole sequence let every process take
+            ``reduction="sum"`` and divide by the number of valid targets of all.
 
     Returns:
         shape ``(..., T / K, K)``.
@@ -46,6 +53,12 @@ def next_patch_targets(labels: Tensor, patch_size: int, ignore_index: int = -100
         )
     patches = labels.unflatten(-1, (labels.shape[-1] // patch_size, patch_size))
     last = torch.full_like(patches[..., :1, :], ignore_index)
+    if process_group is not None:
+        if not labels.shape[-1]:
+            raise ValueError(f"every process needs a patch of the sequence, got labels {tuple(labels.shape)}")
+        firsts = [torch.empty_like(last) for _ in range(process_group.size())]
+        dist.all_gather(firsts, patches[..., :1, :].contiguous(), process_group)
+        last = [*firsts, last][process_group.rank() + 1]
     return torch.cat([patches[..., 1:, :], last], dim=-2)
 
 

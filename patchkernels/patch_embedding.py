@@ -12,11 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from patchkernels import backend as _backend
+from patchkernels.parallel import like, replicated, vocab_shard
 
 
 def patch_embedding(
@@ -25,6 +27,7 @@ def patch_embedding(
     patch_size: int,
     *,
     padding_idx: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (..., T / K, D)
     r"""``out[..., p, :] = (1/K) sum_k weight[input_ids[..., p*K + k], :]``
@@ -39,6 +42,9 @@ def patch_embedding(
         patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
         padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
             for K > 1 a patch of nothing but padding is zero.
+        process_group: the table is sharded by its rows: every process gives its own, shape ``(V_r, D)``, in the order
+            of ranks and as many as it has, and the same ids; the result is the same on all processes. A table that is a
+            DTensor of placements ``Shard(0)`` says so itself. See :mod:`patchkernels.embedding_vocab_parallel`.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -62,7 +68,10 @@ def patch_embedding(
         raise TypeError(f"weight must be floating point, got {weight.dtype}")
     if input_ids.device != weight.device:
         raise ValueError(f"input_ids is on {input_ids.device} but weight is on {weight.device}")
-    tokens, vocab = input_ids.shape[-1], weight.shape[0]
+    given = input_ids
+    input_ids = replicated(input_ids, "input_ids")
+    weight, shard = vocab_shard(weight, process_group, "weight")
+    tokens, vocab = input_ids.shape[-1], shard.vocab if shard else weight.shape[0]
     if tokens % patch_size:
         raise ValueError(
             f"the number of tokens must be divisible by patch_size, got input_ids of shape "
@@ -73,8 +82,15 @@ def patch_embedding(
             raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
         padding_idx %= vocab
     patches = input_ids.reshape(-1, patch_size)
-    out: Tensor = _PatchEmbedding.apply(patches, weight, padding_idx, _backend.resolve(backend, weight))
-    return out.reshape(*input_ids.shape[:-1], tokens // patch_size, weight.shape[1])
+    engine = _backend.resolve(backend, weight)
+    if shard:
+        from patchkernels.embedding_vocab_parallel import VocabParallelEmbedding
+
+        out: Tensor = VocabParallelEmbedding.apply(patches, weight, padding_idx, shard, engine)
+    else:
+        out = _PatchEmbedding.apply(patches, weight, padding_idx, engine)
+    out = out.reshape(*input_ids.shape[:-1], tokens // patch_size, weight.shape[1])
+    return like(out, given)
 
 
 class _PatchEmbedding(torch.autograd.Function):
@@ -138,16 +154,21 @@ def inverse_counts(ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> 
     return (ids != padding_idx).sum(-1).clamp(min=1).to(dtype).reciprocal()
 
 
+def check_ids(ids: Tensor, vocab: int) -> None:
+    """IndexError for an id outside [0, V), where looking costs no synchronisation."""
+    if ids.device.type == "cpu" and ids.numel():
+        for extreme in ids.aminmax():
+            if not 0 <= extreme < vocab:
+                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme.item()}")
+
+
 def _eager_forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
     vocab = weight.shape[0]
     bad = None
     if ids.device.type != "cpu":
         bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
         ids = ids.clamp(0, max(vocab - 1, 0))
-    elif ids.numel():
-        for extreme in ids.aminmax():
-            if not 0 <= extreme < vocab:
-                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme.item()}")
+    check_ids(ids, vocab)
     patch_size = ids.shape[1]
     if patch_size == 1:
         out = F.embedding(ids[:, 0], weight)
