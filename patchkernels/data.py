@@ -32,6 +32,8 @@ END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|
 BATCH = 256  # documents encoded at a time
 COLUMN_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
+from patchkernels.pretrained import replace_file
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -379,3 +381,13 @@ def _open(folder: Path, digest: str) -> Corpus:
         bytes_per_token=meta["bytes_per_token"],
         digest=digest,
     )
+
+
+def save_tokenizer(corpus: Corpus, folder: Path, longest: int) -> None:
+    """As AutoTokenizer of transformers reads it."""
+    name = corpus.tokenizer.id_to_token(corpus.end_of_text)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name,
+                "model_max_length": longest}  # fmt: skip
+    tokenizer = corpus.tokenizer_file.read_text()
+    replace_file(folder / "tokenizer.json", lambda path: path.write_text(tokenizer))
+    replace_file(folder / "tokenizer_config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from patchkernels.data import Corpus, DataConfig, prepare
+
 
 class Log:
-    """One JSON object a line. Resuming at a step drops the lines after it, which the resumed run writes again."""
+    """One JSON object a line, or none without a path. A run resumed at a step writes the lines after it again."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.file: TextIO | None = None
+        if path is None:
+            return
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
         temporary = path.with_name(f".{path.name}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -23,10 +27,12 @@ class Log:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the run)
 
     def write(self, **values: Any) -> None:
-        self.file.write(json.dumps(values) + "\n")
+        if self.file is not None:
+            self.file.write(json.dumps(values) + "\n")
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -43,11 +49,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class Display:
     """A progress bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.console = Console()
+    def __init__(self, total_steps: int, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal,
+            TimeRemainingColumn(), console=self.console, transient=True, disable=quiet or not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=total_steps)
         self.total = total_steps
@@ -100,3 +106,14 @@ def plot(log: Path, file: Path) -> None:
     temporary = file.with_name(f".{file.name}")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(file)
+
+
+def prepare_aloud(data: DataConfig, console: Console) -> Corpus:
+    """:func:`patchkernels.data.prepare`, which says what it is at."""
+    console.print(f"preparing the corpus: {data.path or 'the standard library of this Python'}", soft_wrap=True)
+    with console.status("reading") as status:
+
+        def progress(what: str, done: int, total: int) -> None:
+            status.update(f"{what} {f'{done:,}' if done else ''}{f' of {total:,} documents' if total else ''}")
+
+        return prepare(data, progress)

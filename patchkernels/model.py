@@ -155,10 +155,7 @@ class PatchLM(nn.Module):
         if labels is None:
             logits: Tensor = self.lm_head(hidden)
             return logits
-        target = next_patch_targets(labels, patch_size)
-        if documents is not None:
-            other = F.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True)
-            target = target.masked_fill(other.unsqueeze(-1), -100)
+        target = patch_targets(labels, patch_size, document_ids)
         loss: Tensor = self.lm_head(hidden, target, reduction=reduction)
         return loss
 
@@ -174,6 +171,16 @@ class PatchLM(nn.Module):
         from patchkernels.pretrained import load
 
         return load(directory, **changes)
+
+
+def patch_targets(labels: Tensor, patch_size: int, document_ids: Tensor | None) -> Tensor:
+    """``next_patch_targets``, and no document's first patch is predicted by another document."""
+    target = next_patch_targets(labels, patch_size)
+    if document_ids is None:
+        return target
+    documents = _patch_documents(document_ids, patch_size)
+    other = F.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True)
+    return target.masked_fill(other.unsqueeze(-1), -100)
 
 
 def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -21,12 +20,23 @@ from torch import Tensor
 
 from patchkernels.attention import choose
 from patchkernels.batches import Batches, read_rows, validation_rows
-from patchkernels.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
-from patchkernels.data import Corpus, DataConfig, prepare
-from patchkernels.metrics import Display, Log, plot
-from patchkernels.model import PatchLM, PatchLMConfig
+from patchkernels.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint, save_distributed
+from patchkernels.data import Corpus, DataConfig, save_tokenizer
+from patchkernels.metrics import Display, Log, plot, prepare_aloud
+from patchkernels.model import PatchLM, PatchLMConfig, patch_targets
 from patchkernels.plan import count_flops
 from patchkernels.pretrained import replace_file
+from patchkernels.processes import (
+    PARALLELS,
+    Processes,
+    choose_device,
+    environment,
+    joined,
+    parallelize,
+    synchronized,
+    whole,
+    whole_weights,
+)
 from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
 
 
@@ -81,6 +91,8 @@ class TrainConfig:
     """torch.compile; every phase compiles once."""
     activation_checkpointing: bool = False
     device: str = "auto"
+    parallel: str = "fsdp"
+    """With torchrun: fsdp (FSDP2, parameters and optimizer sharded) or ddp."""
     seed: int = 0
     log_every: int = 20
     eval_every: int = 100
@@ -109,12 +121,15 @@ class TrainConfig:
             raise ValueError(f"accumulation must divide batch_size, got {self.accumulation} and {self.batch_size}")
         if self.optimizer_at_switch not in ("carry", "reset"):
             raise ValueError(f"optimizer_at_switch must be 'carry' or 'reset', got {self.optimizer_at_switch!r}")
+        if self.parallel not in PARALLELS:
+            raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and its run must share; where it lies and how often it speaks may change."""
-        free = {"out", "resume", "log_every", "eval_every", "eval_rows", "save_every", "keep", "device", "compile"}
+        free = {"out", "resume", "log_every", "eval_every", "eval_rows", "save_every", "keep", "device", "compile",
+                "parallel"}  # fmt: skip
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("cache_dir")
         return {key: value for key, value in values.items() if key not in free}
@@ -136,14 +151,16 @@ def train(config: TrainConfig) -> Path:
         FileExistsError: a folder that already holds a run, without ``resume``.
         NonFiniteError: the loss diverged; the last checkpoint is from before.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        raise RuntimeError(f"this version trains in one process, got WORLD_SIZE={world_size}")
     phases = parse_phases(config.phases, config.shares_of, config.convention)
-    device = choose_device(config.device)
+    processes = environment(choose_device(config.device))
+    if config.batch_size % (processes.world_size * config.accumulation):
+        raise ValueError(
+            f"batch_size must be divisible by {processes.world_size} processes times accumulation, "
+            f"got {config.batch_size} and {config.accumulation}"
+        )
     # each raises here, before any work, if it cannot be had
     PatchLMConfig.preset(config.model)
-    attention = choose(config.attention, device, torch.bfloat16 if config.bf16 else torch.float32)
+    attention = choose(config.attention, processes.device, torch.bfloat16 if config.bf16 else torch.float32)
     out = Path(config.out)
     saved = checkpoints(out / "checkpoints")
     if saved and not config.resume:
@@ -151,39 +168,22 @@ def train(config: TrainConfig) -> Path:
     if config.resume and not saved:
         raise FileNotFoundError(f"nothing to resume: {out} holds no checkpoint")
     out.mkdir(parents=True, exist_ok=True)
-
     data = config.data
     if config.packed_documents:
         data = dataclasses.replace(data, document_multiple=math.lcm(*(p.patch_size for p in phases)))
-    console = Console()
-    console.print(f"preparing the corpus: {data.path or 'the standard library of this Python'}", soft_wrap=True)
-    with console.status("reading") as status:
-
-        def progress(what: str, done: int, total: int) -> None:
-            status.update(f"{what} {f'{done:,}' if done else ''}{f' of {total:,} documents' if total else ''}")
-
-        corpus = prepare(data, progress)
-    total = int(config.tokens or len(corpus.train))
-    schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
-    run = Run(config, corpus, schedule, device, attention, rank, world_size)
-    if saved:
-        run.restore(saved[-1])
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
-    run.loop(out)
+    with joined(processes):
+        with processes.first_on_its_node():
+            corpus = prepare_aloud(data, Console(quiet=not processes.speaks))
+        total = int(config.tokens or len(corpus.train))
+        schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
+        run = Run(config, corpus, schedule, processes, attention)
+        if saved:
+            run.restore(saved[-1])
+        if processes.speaks:
+            text = json.dumps(dataclasses.asdict(config), indent=1)
+            replace_file(out / "config.json", lambda path: path.write_text(text))
+        run.loop(out)
     return out
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, or for ``"auto"`` a GPU if there is one. ``ValueError`` for one that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
-    return device
 
 
 class Run:
@@ -194,13 +194,11 @@ class Run:
         config: TrainConfig,
         corpus: Corpus,
         schedule: Schedule,
-        device: torch.device,
+        processes: Processes,
         attention: str,
-        rank: int,
-        world_size: int,
     ) -> None:
         self.config, self.corpus, self.schedule = config, corpus, schedule
-        self.device, self.attention = device, attention
+        self.processes, self.device, self.attention = processes, processes.device, attention
         self.lr = LearningRate(config.lr, config.warmup, config.decay, config.lr_shape, config.lr_scope)
         torch.manual_seed(config.seed)  # the same weights on every rank
         longest = max(schedule.positions(phase) for phase in schedule.phases)
@@ -213,11 +211,15 @@ class Run:
             activation_checkpointing=config.activation_checkpointing,
         )
         self.model = PatchLM(self.model_config).to(self.device)
-        self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
-        torch.manual_seed(config.seed + 1 + rank)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parallel = parallelize(self.model, self.model.model.layers, config.parallel, processes)
+        self.call = torch.compile(self.parallel, dynamic=False) if config.compile else self.parallel
+        torch.manual_seed(config.seed + 1 + processes.rank)
         self.optimizer = self.new_optimizer()
         packed = config.packed_documents
-        self.batches = Batches(corpus.train, schedule, config.seed, packed=packed, rank=rank, world_size=world_size)
+        self.batches = Batches(
+            corpus.train, schedule, config.seed, packed=packed, rank=processes.rank, world_size=processes.world_size
+        )
         rows = validation_rows(corpus.validation, config.context, config.eval_rows)
         self.validation = read_rows(corpus.validation, rows, config.context, packed)
         self.step = 0
@@ -237,6 +239,10 @@ class Run:
         ]
         return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=self.device.type == "cuda")
 
+    @property
+    def parallel_name(self) -> str:
+        return f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
+
     def state(self) -> dict[str, Any]:
         return {"config": self.config.identity(), "corpus": self.corpus.digest, "seconds": self.seconds}
 
@@ -252,12 +258,13 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def loop(self, out: Path) -> None:
-        config, total = self.config, self.schedule.total_steps
-        log = Log(out / "log.jsonl", self.step)
-        with self.signals(), contextlib.closing(log), Display(total) as display:
-            millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        config, total, speaks = self.config, self.schedule.total_steps, self.processes.speaks
+        log = Log(out / "log.jsonl" if speaks else None, self.step)
+        with self.signals(), contextlib.closing(log), Display(total, quiet=not speaks) as display:
+            where = f"{self.processes.world_size} x {self.device.type}" if self.parallel_name else str(self.device)
             display.say(
-                f"{config.model}, {millions:.2f}M parameters on {self.device}, attention {self.attention}; "
+                f"{config.model}, {self.parameters / 1e6:.2f}M parameters on {where}{self.parallel_name}, "
+                f"attention {self.attention}; "
                 f"{total} steps, phases "
                 + ", ".join(f"K={p.patch_size}: {s} steps" for p, s in zip(self.schedule.phases, self.schedule.steps))
                 + f"; cost {self.schedule.cost:.3f} of token-level training"
@@ -289,9 +296,8 @@ class Run:
                     log.write(**values)
                 display.step(self.step, values if logged or evaluated else None)
                 if switch or self.stop_signal or self.step % config.save_every == 0:
-                    save_checkpoint(
-                        out / "checkpoints", self.step, self.model, self.optimizer, self.state(), config.keep
-                    )
+                    save = save_distributed if self.processes.world_size > 1 else save_checkpoint
+                    save(out / "checkpoints", self.step, self.model, self.optimizer, self.state(), config.keep)
                 if self.stop_signal and not last:
                     display.say(f"stopped by signal {self.stop_signal} after step {self.step}; --resume goes on")
                     raise Stopped(128 + self.stop_signal)
@@ -305,12 +311,16 @@ class Run:
         batch = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
         parts = [[None] * config.accumulation if t is None else t.chunk(config.accumulation) for t in batch]
         loss = torch.zeros((), device=self.device)
-        for ids, labels, documents in zip(*parts):
-            part = self.loss(ids, labels, phase, documents) / config.accumulation
-            part.backward()
+        shares = self.shares(parts, phase)
+        for i, (ids, labels, documents) in enumerate(zip(*parts)):
+            with synchronized(self.parallel, last=i + 1 == config.accumulation):
+                part = self.loss(ids, labels, phase, documents) * shares[i]
+                part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        # a signal that one process got stops all of them after the same step
+        loss_value, norm_value, stop = self.processes.mean(loss, norm, torch.tensor(float(self.stop_signal)))
+        self.stop_signal = self.stop_signal or math.ceil(stop)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}, lr {lr:.3g}; stopped before "
@@ -319,6 +329,15 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss_value, "grad_norm": norm_value, "lr": lr}
+
+    def shares(self, parts: list[Any], phase: Phase) -> list[float]:
+        """What each part's mean counts: parts of packed documents hold unlike numbers of targets."""
+        if not self.config.packed_documents:
+            return [1 / self.config.accumulation] * self.config.accumulation
+        targets = [patch_targets(labels, phase.patch_size, documents) for _, labels, documents in zip(*parts)]
+        counts = torch.stack([(target != -100).sum() for target in targets])
+        (mean,) = self.processes.mean(counts.sum())
+        return [count / max(mean, 1) for count in counts.tolist()]
 
     def loss(
         self, ids: Any, labels: Any, phase: Phase, documents: Any, reduction: str = "mean", compiled: bool = True
@@ -355,15 +374,17 @@ class Run:
         return sum(n * f for n, f in zip(done, self.phase_flops))
 
     def finish(self, out: Path, display: Display) -> None:
+        model = self.model
+        if self.processes.world_size > 1:
+            weights = whole_weights(self.model)
+            if not self.processes.speaks:
+                return
+            model = PatchLM(self.model_config)
+            model.load_state_dict(weights)
         folder = out / "model"
         end_of_text = self.corpus.end_of_text
-        self.model.save_pretrained(folder, bos_token_id=end_of_text, eos_token_id=end_of_text)
-        name = self.corpus.tokenizer.id_to_token(end_of_text)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name,
-                    "model_max_length": self.model_config.max_position_embeddings}  # fmt: skip
-        tokenizer = self.corpus.tokenizer_file.read_text()
-        replace_file(folder / "tokenizer.json", lambda path: path.write_text(tokenizer))
-        replace_file(folder / "tokenizer_config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+        model.save_pretrained(folder, bos_token_id=end_of_text, eos_token_id=end_of_text)
+        save_tokenizer(self.corpus, folder, self.model_config.max_position_embeddings)
         plot(out / "log.jsonl", out / "plot.png")
         display.say(
             f"done: {self.schedule.raw_tokens(self.step):,} raw tokens, {self.flops():.3e} FLOPs, "

@@ -256,10 +256,23 @@ def test_bad_input(config, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'cuda' was asked for"):
         train(dataclasses.replace(new, device="cuda"))
     assert not Path(new.out).exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
-        train(dataclasses.replace(config, out=str(tmp_path / "y")))
-    for bad in ({"batch_size": 0}, {"accumulation": 4}, {"optimizer_at_switch": "keep"}, {"clip": 0.0}):
+    for variables, message in (
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK must be in \[0, WORLD_SIZE\), got 2 of 2"),
+        ({"RANK": "x"}, "must be numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "divisible by 4 processes"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(ValueError, match=message):
+                train(dataclasses.replace(config, out=str(tmp_path / "y")))
+    for bad in (
+        {"batch_size": 0},
+        {"accumulation": 4},
+        {"parallel": "tp"},
+        {"optimizer_at_switch": "keep"},
+        {"clip": 0.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             dataclasses.replace(config, **{"batch_size": 2, **bad})
 

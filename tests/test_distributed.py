@@ -1,0 +1,258 @@
+"""Two processes give what one gives: the training run, and the operators' modules in every grouping of FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from patchkernels import PatchEmbedding, PatchLMHead, next_patch_targets
+from patchkernels.batches import Batches
+from patchkernels.checkpoint import checkpoints
+from patchkernels.data import DataConfig
+from patchkernels.metrics import read_log
+from patchkernels.model import PRESETS, PatchLMConfig
+from patchkernels.processes import whole
+from patchkernels.train import TrainConfig, train
+
+VOCAB, HIDDEN = 37, 8
+PRESETS["tiny"] = PatchLMConfig(300, 16, 24, 2, 2, tie_word_embeddings=True)
+PRESETS["untied"] = dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    root = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdef", k=3)) for _ in range(50)]
+    for i in range(40):
+        (root / f"{i}.txt").write_text(" ".join(generator.choices(words, k=150)))
+    data = DataConfig(path=str(root), vocab_size=300, validation_fraction=0.1, cache_dir=str(root.parent / "cache"))
+    return TrainConfig(
+        model="tiny", data=data, batch_size=4, context=16, tokens=3072, phases="4:2/3,1:1/3", log_every=1, eval_every=5,
+        eval_rows=3, save_every=3, device="cpu",
+    )  # fmt: skip
+
+
+def train_and_stop(config, step):
+    """A crash of all processes as the given step begins."""
+    read = Batches.batch
+
+    def batch(self, at):
+        if at == step:
+            raise KeyboardInterrupt
+        return read(self, at)
+
+    Batches.batch = batch
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        return [path.name for path in checkpoints(Path(config.out) / "checkpoints")]
+    finally:
+        Batches.batch = read
+    return []
+
+
+def train_in_processes(config, resumed=False):
+    train(dataclasses.replace(config, resume=resumed))
+
+
+def assert_same(run_a, run_b):
+    a, b = read_log(run_a / "log.jsonl"), read_log(run_b / "log.jsonl")
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for name in ("loss", "grad_norm", "validation_loss"):
+        torch.testing.assert_close(
+            [x.get(name) for x in a if name in x], [y[name] for y in b if name in y], rtol=1e-4, atol=0
+        )
+    for x, y in zip(a, b):
+        assert x["raw_tokens"] == y["raw_tokens"] and x["flops"] == y["flops"]
+        torch.testing.assert_close(
+            x.get("validation_slot_losses"), y.get("validation_slot_losses"), rtol=1e-4, atol=0
+        ) if "validation_slot_losses" in x else None
+    left, right = (load_file(r / "model" / "model.safetensors") for r in (run_a, run_b))
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "fsdp", "accumulation": 2},
+        {"parallel": "ddp", "accumulation": 2, "optimizer_at_switch": "reset"},
+        {"parallel": "fsdp", "model": "untied", "packed_documents": True, "accumulation": 2},
+    ],
+    ids=["fsdp", "ddp", "packed"],
+)
+def test_the_run_of_two_processes(config, settings, tmp_path):
+    config = dataclasses.replace(config, **settings)
+    one = train(dataclasses.replace(config, out=str(tmp_path / "one")))
+    run(train_in_processes, 2, dataclasses.replace(config, out=str(tmp_path / "two")))
+    assert_same(tmp_path / "two", one)
+
+
+def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):
+    whole_run = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    for first, second in ((2, 1), (1, 2), (2, 2)):
+        out = tmp_path / f"{first}-{second}"
+        ours = dataclasses.replace(config, out=str(out))
+        (saved, *_) = run(train_and_stop, first, ours, 7)
+        assert saved[-1] == "step-00000006"
+        leftover = out / "checkpoints" / ".step-00000009"  # of a kill
+        leftover.mkdir()
+        run(train_in_processes, second, ours, True)
+        assert not leftover.exists()
+        assert_same(out, whole_run)
+    damaged = checkpoints(out / "checkpoints")[-1] / "distributed" / ".metadata"
+    os.truncate(damaged, 10)
+    with pytest.raises(ValueError, match="is damaged or of another model"):
+        train(dataclasses.replace(ours, resume=True))
+
+
+class Small(torch.nn.Module):
+    """Someone's model with the two operators' modules in it."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding = PatchEmbedding(VOCAB, HIDDEN, 4)
+        self.block = torch.nn.Linear(HIDDEN, HIDDEN)
+        self.norm = torch.nn.LayerNorm(HIDDEN)
+        self.head = PatchLMHead(HIDDEN, VOCAB)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids, target):
+        return self.head(self.norm(self.block(self.embedding(ids)).tanh()), target)
+
+
+def group(model, name, embedding, block, norm, head, **policy):
+    """The ways in which users put modules into units; the rest is the root's."""
+    if name == "own units":
+        for unit in (embedding, head, block):
+            fully_shard(unit, **policy)
+    elif name == "norm and head":
+        fully_shard(embedding, **policy)
+        fully_shard([norm, head], **policy)
+    elif name == "tied unit":
+        fully_shard([embedding, norm, head], **policy)
+    fully_shard(model, **policy)
+
+
+def gradients_of_one(model, step, batches):
+    for batch in batches:
+        (step(model, batch) / len(batches)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return gradients
+
+
+def small_step(model, ids):
+    return model(ids, next_patch_targets(ids, 4))
+
+
+def hugging_face_step(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+def check_groupings(folder):
+    from patchkernels import hf
+
+    batches = [torch.randint(3, VOCAB, (3, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    errors = {}
+    for kind in ("small", "llama"):
+        for tied in (False, True):
+            torch.manual_seed(0)
+            if kind == "small":
+                model, step = Small(tied), small_step
+            else:
+                import transformers
+
+                config = transformers.LlamaConfig(
+                    vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2,
+                    intermediate_size=12, tie_word_embeddings=tied, use_cache=False,
+                )  # fmt: skip
+                model, step = hf.enable(transformers.LlamaForCausalLM(config), 4), hugging_face_step
+            expected = gradients_of_one(model, step, batches)
+            for name in ("ddp", "root", "tied unit", *([] if tied else ["own units", "norm and head"])):
+                ours = copy.deepcopy(model)
+                inner = ours if kind == "small" else ours.model
+                parts = (inner.embedding, inner.block, inner.norm, inner.head) if kind == "small" else (
+                    inner.embed_tokens, inner.layers[0], inner.norm, ours.lm_head)  # fmt: skip
+                if name == "ddp":
+                    ours = DistributedDataParallel(ours)
+                else:
+                    group(ours, name, *parts)
+                for _ in range(2):  # a second step finds the units resharded
+                    ours.zero_grad()
+                    step(ours, batches[dist.get_rank()]).backward()
+                worst = 0.0
+                for parameter, gradient in zip(ours.parameters(), expected.values(), strict=True):
+                    worst = max(worst, float((whole(parameter.grad) - gradient).norm() / gradient.norm()))
+                errors[kind, tied, name] = worst
+                if name == "own units":
+                    check_checkpoint(ours, model, Path(folder) / kind)
+    return errors
+
+
+def check_checkpoint(ours, model, folder):
+    """What two processes saved with DCP, one loads: weights and optimizer."""
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
+    optimizer.step()
+    weights, moments = get_state_dict(ours, optimizer)
+    state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    expected = {name: whole(p.detach()) for name, p in ours.named_parameters()}
+    if dist.get_rank() == 0:
+        alone = copy.deepcopy(model)
+        other = torch.optim.AdamW(alone.parameters(), lr=0.1)
+        weights, moments = get_state_dict(alone, other)
+        state = {"model": weights, "optimizer": moments}
+        state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
+        set_state_dict(alone, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+            assert other.state[parameter]["step"] == 1
+
+
+def test_groupings_of_fsdp2_ddp_and_dcp(tmp_path):
+    pytest.importorskip("transformers")
+    for errors in run(check_groupings, 2, str(tmp_path)):
+        assert len(errors) == 16
+        assert max(errors.values()) < 2e-6, errors
+
+
+def check_mixed_precision():
+    """bf16 parameters under FSDP2: the loss stays in fp32, and a count is not rounded to bf16 on its way."""
+    import transformers
+
+    from patchkernels import hf
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    model = hf.enable(transformers.LlamaForCausalLM(config), 4)
+    ids = torch.randint(3, VOCAB, (3, 16))
+    expected = model(input_ids=ids, labels=ids).loss
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    group(model, "norm and head", model.model.embed_tokens, None, model.model.norm, model.lm_head, mp_policy=policy)
+    loss = model(input_ids=ids, labels=ids).loss
+    counted = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(4093)).loss
+    torch.testing.assert_close(counted, loss * (3 * 3 * 4) / 4093)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+def test_mixed_precision():
+    pytest.importorskip("transformers")
+    run(check_mixed_precision, 2)
