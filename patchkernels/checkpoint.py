@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -119,7 +120,7 @@ def _load_distributed(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:
         state_dict_loader.load(state, checkpoint_id=folder / DISTRIBUTED, no_dist=not dist.is_initialized())
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

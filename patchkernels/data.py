@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from patchkernels.pretrained import replace_file
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -31,8 +33,6 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BATCH = 256  # documents encoded at a time
 COLUMN_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-from patchkernels.pretrained import replace_file
 
 
 @dataclass(frozen=True)

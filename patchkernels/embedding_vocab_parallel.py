@@ -34,6 +34,7 @@ class VocabParallelEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
+        ids, grad = ids.reshape(-1, ids.shape[-1]), grad.reshape(-1, grad.shape[-1])
         inside = _inside(ids, ctx.rows, ctx.shard.first, ctx.padding_idx)
         # what is not ours is padding to the operator, which divides by the tokens that are none
         local = torch.where(inside, ids - ctx.shard.first, ctx.rows)
@@ -51,9 +52,10 @@ class VocabParallelEmbedding(torch.autograd.Function):
 @torch.library.custom_op("patchkernels::embedding_vocab_parallel", mutates_args=())
 def _forward(ids: Tensor, weight: Tensor, padding_idx: int | None, first: int, vocab: int, group: str) -> Tensor:
     check_ids(ids, vocab)
-    patches, patch_size = ids.shape
+    *shape, patch_size = ids.shape
+    ids = ids.reshape(-1, patch_size)
     dtype = accumulation_dtype(weight.dtype)
-    total = torch.zeros(patches, weight.shape[1], dtype=dtype, device=weight.device)
+    total = torch.zeros(len(ids), weight.shape[1], dtype=dtype, device=weight.device)
     if len(weight):
         # for K = 1 this is F.embedding, padding row included
         inside = _inside(ids, len(weight), first, padding_idx if patch_size > 1 else None)
@@ -64,12 +66,12 @@ def _forward(ids: Tensor, weight: Tensor, padding_idx: int | None, first: int, v
     if patch_size > 1:
         total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
     bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
-    return total.masked_fill_(bad, torch.nan).to(weight.dtype)
+    return total.masked_fill_(bad, torch.nan).to(weight.dtype).view(*shape, weight.shape[1])
 
 
 @_forward.register_fake
 def _(ids: Tensor, weight: Tensor, padding_idx: int | None, first: int, vocab: int, group: str) -> Tensor:
-    return weight.new_empty(ids.shape[0], weight.shape[1])
+    return weight.new_empty(*ids.shape[:-1], weight.shape[1])
 
 
 def _inside(ids: Tensor, rows: int, first: int, padding_idx: int | None) -> Tensor:

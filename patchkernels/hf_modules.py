@@ -94,7 +94,7 @@ class LossHead(Mixed):
             label_smoothing=step.label_smoothing,
             return_losses=True,
         )
-        logit: Tensor = step.loss.reshape(1, 1, 1)
+        logit: Tensor = step.loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views
         return logit
 
 

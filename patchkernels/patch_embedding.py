@@ -81,7 +81,7 @@ def patch_embedding(
         if not -vocab <= padding_idx < vocab:
             raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
         padding_idx %= vocab
-    patches = input_ids.reshape(-1, patch_size)
+    patches = input_ids.unflatten(-1, (tokens // patch_size, patch_size))
     engine = _backend.resolve(backend, weight)
     if shard:
         from patchkernels.embedding_vocab_parallel import VocabParallelEmbedding
@@ -89,7 +89,6 @@ def patch_embedding(
         out: Tensor = VocabParallelEmbedding.apply(patches, weight, padding_idx, shard, engine)
     else:
         out = _PatchEmbedding.apply(patches, weight, padding_idx, engine)
-    out = out.reshape(*input_ids.shape[:-1], tokens // patch_size, weight.shape[1])
     return like(out, given)
 
 
@@ -114,21 +113,30 @@ class _PatchEmbedding(torch.autograd.Function):
 
 
 @torch.library.custom_op("patchkernels::patch_embedding", mutates_args=())
-def _forward(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> Tensor:
+def _forward(
+    ids: Tensor,  # (..., K)
+    weight: Tensor,
+    padding_idx: int | None,
+    backend: str,
+) -> Tensor:  # (..., D)
+    patches = ids.reshape(-1, ids.shape[-1])
     if backend == "triton":
         from patchkernels.kernels import patch_embedding as kernels
 
-        return kernels.forward(ids, weight, padding_idx)
-    return _eager_forward(ids, weight, padding_idx)
+        out = kernels.forward(patches, weight, padding_idx)
+    else:
+        out = _eager_forward(patches, weight, padding_idx)
+    return out.view(*ids.shape[:-1], weight.shape[1])
 
 
 @_forward.register_fake
 def _(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> Tensor:
-    return weight.new_empty(ids.shape[0], weight.shape[1])
+    return weight.new_empty(*ids.shape[:-1], weight.shape[1])
 
 
 @torch.library.custom_op("patchkernels::patch_embedding_backward", mutates_args=())
 def _backward(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None, backend: str) -> Tensor:
+    grad, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1, ids.shape[-1])
     if backend == "triton":
         from patchkernels.kernels import patch_embedding as kernels
 
@@ -138,7 +146,7 @@ def _backward(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None, ba
 
 @_backward.register_fake
 def _(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None, backend: str) -> Tensor:
-    return grad.new_empty(vocab, grad.shape[1])
+    return grad.new_empty(vocab, grad.shape[-1])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

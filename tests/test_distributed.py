@@ -72,15 +72,10 @@ def train_in_processes(config, resumed=False):
 def assert_same(run_a, run_b):
     a, b = read_log(run_a / "log.jsonl"), read_log(run_b / "log.jsonl")
     assert [line["step"] for line in a] == [line["step"] for line in b]
-    for name in ("loss", "grad_norm", "validation_loss"):
-        torch.testing.assert_close(
-            [x.get(name) for x in a if name in x], [y[name] for y in b if name in y], rtol=1e-4, atol=0
-        )
     for x, y in zip(a, b):
-        assert x["raw_tokens"] == y["raw_tokens"] and x["flops"] == y["flops"]
-        torch.testing.assert_close(
-            x.get("validation_slot_losses"), y.get("validation_slot_losses"), rtol=1e-4, atol=0
-        ) if "validation_slot_losses" in x else None
+        assert x.keys() == y.keys()
+        for name in x.keys() - {"seconds", "raw_tokens_per_second", "positions_per_second"}:
+            torch.testing.assert_close(x[name], y[name], rtol=1e-4, atol=0)
     left, right = (load_file(r / "model" / "model.safetensors") for r in (run_a, run_b))
     assert left.keys() == right.keys()
     for name in left:

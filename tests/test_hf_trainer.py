@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import distributed
 import pytest
 import torch
 
@@ -123,6 +124,23 @@ def test_accumulation_changes_nothing(tmp_path):
     expected = logged(train(tmp_path, dataset=ragged, per_device_train_batch_size=4))
     found = logged(train(tmp_path, dataset=ragged, per_device_train_batch_size=1, gradient_accumulation_steps=4))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def train_as_one_of_two(folder, resume):
+    ragged = [{"input_ids": e["input_ids"][: 3 + i % 13]} for i, e in enumerate(examples())]
+    run = train(folder, resume, dataset=ragged, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    return logged(run), [entry.get("slot_loss_2") for entry in run.state.log_history]
+
+
+def test_two_processes(tmp_path):
+    ragged = [{"input_ids": e["input_ids"][: 3 + i % 13]} for i, e in enumerate(examples())]
+    alone = train(tmp_path / "one", dataset=ragged)
+    slots = [entry.get("slot_loss_2") for entry in alone.state.log_history]
+    for losses, theirs in distributed.run(train_as_one_of_two, 2, tmp_path / "two", None):
+        torch.testing.assert_close(losses, logged(alone), rtol=1e-4, atol=0)
+        torch.testing.assert_close(theirs[:4], slots[:4], rtol=1e-4, atol=0)
+    for again, _ in distributed.run(train_as_one_of_two, 2, tmp_path / "two", str(tmp_path / "two" / "checkpoint-4")):
+        assert again == losses
 
 
 def test_evaluation_is_token_level_in_every_phase(tmp_path):
