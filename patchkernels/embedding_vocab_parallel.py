@@ -66,7 +66,8 @@ def _forward(ids: Tensor, weight: Tensor, padding_idx: int | None, first: int, v
     if patch_size > 1:
         total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
     bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
-    return total.masked_fill_(bad, torch.nan).to(weight.dtype).view(*shape, weight.shape[1])
+    out = total.masked_fill_(bad, torch.nan).to(weight.dtype)
+    return out.resize_(*shape, weight.shape[1])  # no view: the caller may change it in place
 
 
 @_forward.register_fake

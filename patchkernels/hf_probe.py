@@ -65,6 +65,7 @@ def inexactness(model: Any) -> str:
             expected = float(model(input_ids=ids, labels=ids).loss)
         with probing(model, PATCH_SIZE):
             found = float(model(input_ids=repeated, labels=repeated).loss)
+            model(input_ids=ids, labels=ids)  # means that are no token's embedding, which some look for in their table
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     tolerance = TOLERANCE[next(model.parameters()).dtype]

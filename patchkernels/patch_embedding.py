@@ -126,7 +126,7 @@ def _forward(
         out = kernels.forward(patches, weight, padding_idx)
     else:
         out = _eager_forward(patches, weight, padding_idx)
-    return out.view(*ids.shape[:-1], weight.shape[1])
+    return out.resize_(*ids.shape[:-1], weight.shape[1])  # a view could not be changed in place by the caller
 
 
 @_forward.register_fake

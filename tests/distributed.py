@@ -43,7 +43,7 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[
                 rank, result, error = answers.get(timeout=1)
             except queue.Empty:
                 dead = [rank for rank, p in enumerate(processes) if p.exitcode not in (None, 0)]
-                assert not dead, f"ranks {dead} died"
+                assert not dead, f"ranks {dead} died: exit codes {[processes[rank].exitcode for rank in dead]}"
                 assert time.monotonic() < deadline, f"only ranks {sorted(results)} answered in {SECONDS} s"
                 continue
             assert not error, f"rank {rank} of {world_size}:\n{error}"
@@ -87,3 +87,6 @@ def _process(
     except BaseException:
         error = traceback.format_exc()
     answers.put((rank, result, error))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)  # what gloo and torch leave running at exit has crashed processes that were done

@@ -1,0 +1,51 @@
+"""The script behind docs/hf-support.md tells exact from refused from wrong, and the page says what its rows say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from patchkernels import hf
+
+pytest.importorskip("transformers")
+pytest.importorskip("bench.hf_support")
+from bench import hf_support
+
+PAGE = Path(__file__).parents[1] / "docs" / "hf-support.md"
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "verdict"),
+    [
+        ("llama", "LlamaForCausalLM", "fused"),
+        ("gpt2", "GPT2LMHeadModel", "fused"),
+        ("recurrent_gemma", "RecurrentGemmaForCausalLM", "materialised"),
+        ("bart", "BartForCausalLM", "refused"),
+    ],
+)
+def test_verdicts(kind, architecture, verdict):
+    row = hf_support.examine(kind, architecture)
+    assert row.verdict == verdict, row
+    assert (row.loss <= hf_support.TOLERANCE and row.gradient <= hf_support.TOLERANCE) == (verdict != "refused")
+    assert bool(row.reason) == (verdict == "refused")
+
+
+def test_what_is_wrong_is_called_wrong(monkeypatch):
+    monkeypatch.setitem(hf_support.SPECIAL, "falcon_h1", {"embedding_multiplier": 3.0})
+    assert hf_support.examine("falcon_h1", "FalconH1ForCausalLM").verdict == "refused"
+    monkeypatch.setattr(hf, "inexactness", lambda model: "")
+    row = hf_support.examine("falcon_h1", "FalconH1ForCausalLM")
+    assert row.verdict == "wrong" and row.loss > hf_support.TOLERANCE
+    assert hf_support.examine("llama", "LlamaForCausalLM").verdict == "fused"
+
+
+def test_the_page_says_what_its_rows_say():
+    text = PAGE.read_text()
+    counts = Counter(line.split("|")[3].strip() for line in text.splitlines() if line.startswith("|"))
+    for verdict in ("fused", "materialised", "refused"):
+        assert f"{counts[verdict]} {verdict}" in text
+    assert f"{counts['fused'] + counts['materialised']} exact" in text
+    assert counts["wrong"] == 0 and "0 wrong" in text
+    assert counts["fused"] + counts["materialised"] >= 105
