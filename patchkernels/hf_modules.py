@@ -78,13 +78,20 @@ class MeanEmbedding(Mixed):
 class LossHead(Mixed):
     """An ``nn.Linear`` that gives the loss in a fused patch step, shaped like one logit."""
 
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the model makes of that logit is no loss; the loss is what has been through the head's hooks (FSDP2)."""
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if self._patch.fused:
+            self._patch.loss = out.reshape(())
+        return out
+
     def forward(self: Any, input: Tensor) -> Tensor:
         step = self._patch
         if not step.fused:
             out: Tensor = super().forward(input)  # type: ignore[misc]
             return out
         scale, softcap = step.map
-        step.loss, step.losses = linear_patch_cross_entropy(
+        loss, step.losses = linear_patch_cross_entropy(
             input * scale if scale != 1 else input,
             self.weight,
             step.target,
@@ -94,7 +101,7 @@ class LossHead(Mixed):
             label_smoothing=step.label_smoothing,
             return_losses=True,
         )
-        logit: Tensor = step.loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views
+        logit: Tensor = loss.reshape(1, 1, 1).clone()  # FSDP2 warns of views
         return logit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def _process(
 
     checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != os.path.realpath(checkout)]
+    faulthandler.enable()  # a crash says where
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
