@@ -1,0 +1,97 @@
+"""Every example runs as its user would run it, and the diffs that docs/dropin.md shows are those of the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(300)]
+    for i in range(60):
+        (root / f"{i}.txt").write_text(" ".join(generator.choices(words, k=400)))
+    return root
+
+
+def run(file: Path, text: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(text.parent / "cache"), "PYTHONWARNINGS": "ignore"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(file), "--text", str(text), "--vocab", "300", *arguments],
+        capture_output=True, text=True, env=environment, cwd=text.parent, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss (\d+\.\d+)", output)]
+
+
+def original(source: str) -> str:
+    """The file before patch training: every line that says what it was, as it was."""
+    lines = []
+    for line in source.splitlines():
+        found = re.fullmatch(r"(\s*).*  # was: ?(.*?)(?:  # fmt.*)?", line)
+        if found is None:
+            lines.append(line)
+        elif found[2]:
+            lines.append(found[1] + found[2])
+    return "\n".join(lines) + "\n"
+
+
+def test_plain(text, tmp_path):
+    source = (EXAMPLES / "plain.py").read_text()
+    assert source.count("# was:") == 4
+    page = (ROOT / "docs" / "dropin.md").read_text()
+    for line in source.splitlines():
+        if "# was:" in line:
+            new, old = (part.strip() for part in line.split("  # fmt")[0].split("# was:"))
+            assert re.search(rf"^[+] +{re.escape(new)}$", page, re.MULTILINE), new
+            assert not old or re.search(rf"^- +{re.escape(old)}$", page, re.MULTILINE), old
+    found = losses(run(EXAMPLES / "plain.py", text, "--steps", "31"))
+    assert found[-1] < found[0]
+    before = tmp_path / "plain_before.py"
+    before.write_text(original(source))
+    assert "PatchEmbedding(" not in before.read_text()
+    found = losses(run(before, text, "--steps", "3"))
+    assert all(4 < value < 8 for value in found)
+
+
+def test_hugging_face_trainer(text, tmp_path):
+    pytest.importorskip("transformers")
+    output = run(EXAMPLES / "hf_trainer.py", text, "--steps", "12", "--out", str(tmp_path))
+    assert "'eval_loss'" in output
+    sizes = re.findall(r"'patch_size': '?(\d)", output)
+    assert sizes == ["4", "1"]
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert (tmp_path / "checkpoint-4").is_dir()  # of the switch
+    run(EXAMPLES / "hf_trainer.py", text, "--steps", "12", "--out", str(tmp_path), "--resume")
+
+
+def test_accelerate(text):
+    pytest.importorskip("accelerate")
+    file = EXAMPLES / "accelerate_loop.py"
+    alone = run(file, text, "--examples", "384")
+    assert re.findall(r"K=(\d)", alone) == ["4", "1", "1"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    together = run(file, text, "--examples", "384", launcher=launcher)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+def test_lightning(text):
+    assert "'validation_loss'" in run(EXAMPLES / "lightning_module.py", text, "--steps", "9")
