@@ -8,13 +8,28 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test bench lint types
+.PHONY: train test test-others bench lint types
 
 train: $(VENV)/.installed
 	$(BIN)/patchkernels train $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal $(ARGS)
+
+# Beside the environment, for their tests alone: the oldest transformers, and torchtitan, which excludes our datasets.
+OLDEST = transformers==5.0.0 accelerate==1.10.0 huggingface-hub==1.33.0 tokenizers==0.22.2 typer-slim==0.24.0 \
+	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
+TORCHTITAN = torchtitan==0.3.0 spmd_types==0.2.3 torchdata==0.11.0 torch_checkpointing==0.1.1 tensorboard==2.21.0 \
+	absl-py==2.5.1 protobuf==7.36.2
+OTHERS = $(abspath $(VENV))-others
+
+test-others: $(VENV)/.installed-dev
+	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/oldest $(OLDEST)
+	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/torchtitan $(TORCHTITAN)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/oldest $(BIN)/pytest -p no:benchmark --numprocesses 2 \
+		tests/test_hf.py tests/test_hf_trainer.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torchtitan $(BIN)/pytest -p no:benchmark --numprocesses 2 \
+		tests/test_torchtitan.py $(ARGS)
 
 # Peers that are to be compared with are installed beside: pip install ".[peers]" on a machine with a GPU.
 bench: $(VENV)/.installed-dev

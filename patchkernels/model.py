@@ -89,6 +89,9 @@ PRESETS = {
     "780m": PatchLMConfig(32000, 1536, 4128, 24, 16),
     "1.3b": PatchLMConfig(32000, 2048, 5504, 24, 16),
     "2.7b": PatchLMConfig(32000, 2560, 6880, 32, 32),
+    # Llama 3 (arXiv 2407.21783), table 3
+    "8b": PatchLMConfig(128256, 4096, 14336, 32, 32, num_key_value_heads=8, rope_theta=500000.0),
+    "70b": PatchLMConfig(128256, 8192, 28672, 80, 64, num_key_value_heads=8, rope_theta=500000.0),
 }
 
 

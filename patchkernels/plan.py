@@ -32,26 +32,36 @@ def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: in
     return rows * int(counter.get_total_flops())  # linear in the rows
 
 
-def memory_bytes(config: PatchLMConfig, rows: int, positions: int) -> dict[str, int]:
-    """An estimate for one GPU, fp32 parameters under bf16 autocast with AdamW.
+def memory_bytes(
+    config: PatchLMConfig, rows: int, positions: int, shards: int = 1, tensor_parallel: int = 1
+) -> dict[str, int]:
+    """An estimate for one GPU, fp32 parameters under bf16 autocast with AdamW, N parameters on S shards:
 
-    Parameters, gradients and two moments: 16 bytes a parameter. Activations a layer and position, in bf16:
-    ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes (with activation checkpointing a block's input alone, and one block
-    besides). Logits: the budget of the fused loss, and ``4 V D`` bytes for the head's gradient in fp32.
+        16 N / S  +  4 (N_b + N_r)  +  activations / TP  +  logits  +  4 V D / TP
+
+    Parameters, gradients and two moments: 16 bytes a parameter, divided by S = FSDP's shards times tensor parallel.
+    With shards, the unit at work and the one fetched ahead are whole: a block and the root (embedding, norm, head).
+    Activations a layer and position, in bf16: ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes (with activation checkpointing
+    a block's input alone, and one block besides). Logits: the budget of the fused loss; ``4 V D``: the head's gradient
+    in fp32. The phase changes none of it at constant positions a step; at constant raw tokens activations are divided
+    by K.
     """
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in PatchLM(config).parameters())
+        model = PatchLM(config)
+    parameters, units = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers))
+    layers = config.num_hidden_layers
     queries, keys = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
     block = 2 * (10 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size) * rows * positions
-    layers = config.num_hidden_layers
     kept = 2 * config.hidden_size * rows * positions * layers + block
-    logits = min(LOGITS_BYTES["cuda"], 2 * rows * positions * config.vocab_size)
+    logits = min(LOGITS_BYTES["cuda"], 2 * rows * positions * config.vocab_size // tensor_parallel)
+    whole = 4 * (units // layers + parameters - units) // tensor_parallel
     return {
-        "parameters": 4 * parameters,
-        "gradients": 4 * parameters,
-        "AdamW moments": 8 * parameters,
-        "activations": kept if config.activation_checkpointing else block * layers,
-        "logits and head gradient": logits + 4 * config.vocab_size * config.hidden_size,
+        "parameters": 4 * parameters // (shards * tensor_parallel),
+        "gradients": 4 * parameters // (shards * tensor_parallel),
+        "AdamW moments": 8 * parameters // (shards * tensor_parallel),
+        **({"units at work": whole} if shards > 1 else {}),
+        "activations": (kept if config.activation_checkpointing else block * layers) // tensor_parallel,
+        "logits and head gradient": logits + 4 * config.vocab_size * config.hidden_size // tensor_parallel,
     }
 
 
@@ -60,7 +70,7 @@ class PlanConfig:
     """What `patchkernels plan` is asked."""
 
     model: str = "370m"
-    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b."""
+    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
     tokens: float = 10e9
     """Raw tokens in all."""
     phases: str = "4:2/3,1:1/3"
@@ -78,6 +88,10 @@ class PlanConfig:
     gpus: int = 1
     rows_per_gpu: int = 8
     """Rows on a GPU at a time, for the memory estimate."""
+    shards: int = 1
+    """GPUs that FSDP shards a replica's parameters over, for the memory estimate."""
+    tensor_parallel: int = 1
+    """GPUs that share every matrix, for the memory estimate."""
     activation_checkpointing: bool = False
 
 
@@ -86,6 +100,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if config.tflops <= 0 or config.gpus < 1 or config.rows_per_gpu < 1:
         raise ValueError(
             f"tflops, gpus and rows_per_gpu must be positive, got {config.tflops}, {config.gpus}, {config.rows_per_gpu}"
+        )
+    if min(config.shards, config.tensor_parallel) < 1 or config.gpus % (config.shards * config.tensor_parallel):
+        raise ValueError(
+            f"shards times tensor_parallel must divide gpus, got {config.shards} x {config.tensor_parallel} of "
+            f"{config.gpus}"
         )
     phases = parse_phases(config.phases, config.shares_of, config.convention)
     schedule = Schedule(phases, int(config.tokens), config.batch_size, config.context, config.convention)
@@ -111,7 +130,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "token_level_flops": token_level,
         "cost_in_flops": total / token_level,
         "cost_in_positions": schedule.cost,
-        "memory_bytes": memory_bytes(model, config.rows_per_gpu, config.context),
+        "memory_bytes": memory_bytes(model, config.rows_per_gpu, config.context, config.shards, config.tensor_parallel),
     }
 
 

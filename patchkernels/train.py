@@ -47,7 +47,7 @@ class TrainConfig:
     out: str = "runs/demo"
     """The run's folder: checkpoints, log.jsonl, and at the end model/ and plot.png."""
     model: str = "demo"
-    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b."""
+    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
     qk_norm: bool = False
     """QK-norm; what is saved is then a Qwen3 instead of a LLaMA."""
     attention: str = "auto"

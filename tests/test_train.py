@@ -22,7 +22,7 @@ from patchkernels.checkpoint import checkpoints
 from patchkernels.data import DataConfig
 from patchkernels.metrics import Log, read_log
 from patchkernels.model import PRESETS, PatchLMConfig
-from patchkernels.plan import PlanConfig, count_flops, plan
+from patchkernels.plan import PlanConfig, count_flops, memory_bytes, plan
 from patchkernels.train import NonFiniteError, Stopped, TrainConfig, train
 
 TINY = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
@@ -338,3 +338,21 @@ def test_plan():
     assert result["memory_bytes"]["parameters"] == pytest.approx(4 * 123.6e6, rel=0.01)
     with pytest.raises(ValueError, match="tflops"):
         plan(PlanConfig(tflops=0))
+
+
+def test_the_memory_table_of_the_page_is_that_of_the_formula():
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    found = 0
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 10 or cells[0] not in PRESETS:
+            continue
+        rows, positions = map(int, cells[4].split(" x "))
+        config = PatchLMConfig.preset(cells[0], max_position_embeddings=positions, activation_checkpointing=True)
+        parts = memory_bytes(config, rows, positions, int(cells[2]), int(cells[3]))
+        assert cells[9] == f"{sum(parts.values()) / 2**30:.1f}"
+        found += 1
+    assert found == 9
+    for bad in ({"shards": 3}, {"tensor_parallel": 0}, {"shards": 2, "tensor_parallel": 8}):
+        with pytest.raises(ValueError, match="must divide gpus"):
+            plan(PlanConfig(model="demo", gpus=8, **bad))
