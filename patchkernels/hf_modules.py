@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from patchkernels.linear_patch_cross_entropy import linear_patch_cross_entropy
 from patchkernels.patch_embedding import patch_embedding
@@ -67,7 +67,8 @@ class MeanEmbedding(Mixed):
 
     def forward(self: Any, input: Tensor) -> Tensor:
         size = self._patch.embedding_size
-        if size == 1 or isinstance(self.weight, DTensor):  # tensor parallel: its hooks want all embeddings
+        other = isinstance(self.weight, DTensor) and self.weight.placements != (Shard(0),)  # sharded by columns
+        if size == 1 or other:
             out: Tensor = super().forward(input)  # type: ignore[misc]
             return out
         weight = self.weight if self.padding_idx is None else WithoutGradientAt.apply(self.weight, self.padding_idx)

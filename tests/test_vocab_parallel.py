@@ -13,6 +13,7 @@ from distributed import run
 from oracle import assert_as_exact_as_eager, outputs_and_gradients, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from patchkernels import (
     PatchEmbedding,
@@ -248,6 +249,42 @@ def check_sequence():
     torch.testing.assert_close(local.grad, leaf.grad)
     with pytest.raises(ValueError, match="every process needs a patch"):
         next_patch_targets(part[:, :0], size, process_group=group)
+
+
+def check_tensor_parallel_model():
+    """An enabled Llama whose embedding and head torch's tensor parallel shards, in a patch step and a token step."""
+    import transformers
+
+    from patchkernels import hf
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCAB, (2, 8))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for embedding_style in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
+        model = hf.enable(transformers.LlamaForCausalLM(config).double(), 4)
+        expected = {}
+        for size in (4, 1):
+            model.patch_size = size
+            loss = model(input_ids=ids, labels=ids).loss
+            expected[size] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+        plan = {"model.embed_tokens": embedding_style, "lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, mesh, plan)
+        assert isinstance(model.lm_head.weight, DTensor)
+        for size in (4, 1):
+            model.patch_size = size
+            loss = model(input_ids=ids, labels=ids).loss
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for a, b in zip([loss.detach(), *gradients], expected[size], strict=True):
+                a = a.full_tensor() if isinstance(a, DTensor) else a
+                assert relative_error(a, b) < 1e-6
+
+
+def test_a_tensor_parallel_model():
+    pytest.importorskip("transformers")
+    run(check_tensor_parallel_model, 2)
 
 
 @pytest.mark.parametrize("world_size", SHARDS)
