@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 import patchkernels.linear_vocab_parallel  # noqa: F401  (registers its operator)
 from patchkernels import backend as _backend
@@ -34,7 +33,7 @@ from patchkernels.linear_parts import (
     unit_scale,
     without_autocast,
 )
-from patchkernels.parallel import VocabShard, like, replicated, vocab_shard
+from patchkernels.parallel import VocabShard, is_dtensor, like, replicated, vocab_shard
 from patchkernels.patch_cross_entropy import (
     LossOptions,
     check_arguments,
@@ -108,7 +107,7 @@ def linear_patch_cross_entropy(
     given = input
     input, target = replicated(input, "input"), replicated(target, "target")
     linear_weight, shard = vocab_shard(linear_weight, process_group, "linear_weight")
-    if linear_bias is not None and isinstance(linear_bias, DTensor):
+    if linear_bias is not None and is_dtensor(linear_bias):
         linear_bias = vocab_shard(linear_bias, None, "linear_bias")[0]
     vocab, hidden = (shard.vocab if shard else len(linear_weight)), linear_weight.shape[1]
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _gathered = WeakTensorKeyDictionary()  # weight: (group name, VocabShard)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Without the type, whose import takes longer than that of all the rest."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 class VocabShard(NamedTuple):
@@ -29,20 +32,23 @@ def vocab_shard(weight: Tensor, process_group: dist.ProcessGroup | None, name: s
         ValueError: a DTensor of other placements than Shard(0) or Replicate on a mesh of one dimension, or one
             together with ``process_group``.
     """
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return weight, None if process_group is None else gathered_shard(weight, process_group)
-    mesh, placements = weight.device_mesh, weight.placements
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = weight
+    mesh, placements = sharded.device_mesh, sharded.placements
     if process_group is not None:
         raise ValueError(f"{name} is a DTensor, which knows its process group; got process_group beside it")
     if all(placement.is_replicate() for placement in placements):
-        return weight.to_local(), None
-    if mesh.ndim != 1 or placements != (Shard(0),):
+        return sharded.to_local(), None
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(
             f"{name} must be sharded by its rows, placements (Shard(0),) on a mesh of one dimension, "
             f"got {placements} on a mesh of shape {tuple(mesh.shape)}"
         )
     _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-    return weight.to_local(), VocabShard(offset[0], weight.shape[0], mesh.get_group().group_name)
+    return sharded.to_local(), VocabShard(offset[0], weight.shape[0], mesh.get_group().group_name)
 
 
 def gathered_shard(weight: Tensor, group: dist.ProcessGroup) -> VocabShard:
@@ -58,19 +64,22 @@ def gathered_shard(weight: Tensor, group: dist.ProcessGroup) -> VocabShard:
     return shard
 
 
-def replicated(tensor: Tensor, name: str) -> Tensor:
+def replicated(tensor: Any, name: str) -> Tensor:
     """The local tensor of a DTensor that every rank holds whole; any other tensor itself."""
-    if not isinstance(tensor, DTensor):
-        return tensor
+    if not is_dtensor(tensor):
+        return tensor  # type: ignore[no-any-return]
     if not all(placement.is_replicate() for placement in tensor.placements):
         raise ValueError(f"{name} must be replicated over its mesh, got placements {tensor.placements}")
-    return tensor.to_local()
+    local: Tensor = tensor.to_local()
+    return local
 
 
-def like(result: Tensor, tensor: Tensor) -> Tensor:
+def like(result: Tensor, tensor: Any) -> Tensor:
     """A result that every rank holds, as a DTensor where ``tensor`` is one."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return result
+    from torch.distributed.tensor import DTensor, Replicate
+
     placements = [Replicate()] * tensor.device_mesh.ndim
     return DTensor.from_local(result, tensor.device_mesh, placements, run_check=False)
 
