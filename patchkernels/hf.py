@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from patchkernels.hf_modules import LossHead, MeanEmbedding, Mixed, Step, exchange, is_plain, restore
@@ -211,13 +212,17 @@ class PatchSteps(PatchSize):
                 )
             target = next_patch_targets(labels, size)
         if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = patch_mask(kwargs["attention_mask"], ids, size)
+            kwargs["attention_mask"], left = patch_mask(kwargs["attention_mask"], ids, size)
+            target = refuse(target, left, "a patch step takes right padding: left padding shifts the patches")
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = patch_positions(kwargs["position_ids"], size)
+            kwargs["position_ids"], astray = patch_positions(kwargs["position_ids"], size)
+            target = refuse(
+                target, astray, f"documents of position_ids must begin on patch boundaries, multiples of {size} tokens"
+            )
             # a document's first patch is predicted by no other document
             begins = kwargs["position_ids"].reshape(-1, *kwargs["position_ids"].shape[-2:])[0][:, 1:] == 0
-            target = target.clone()
-            target[:, :-1].masked_fill_(begins.expand(len(target), -1).unsqueeze(-1), -100)
+            begins = torch.nn.functional.pad(begins, (0, 1)).expand(len(target), -1)
+            target = target.masked_fill(begins.unsqueeze(-1), -100)
         kwargs["inputs_embeds"] = self.patch_embeddings(ids, size)
         kwargs["labels"] = target[..., 0].contiguous()  # read by no one but to see that there are some
         kwargs.setdefault("use_cache", False)
@@ -268,24 +273,28 @@ def patch_loss(
     return counted
 
 
-def patch_mask(attention_mask: Tensor, input_ids: Tensor, patch_size: int) -> Tensor:
-    """(B, T) to (B, P): a patch counts if its first token does; padding is on the right."""
+def refuse(target: Tensor, bad: Tensor, message: str) -> Tensor:
+    """Raises for bad rows (B or 1); on a GPU, where looking would wait for it, their targets give a loss of NaN."""
+    if bad.device.type == "cpu":
+        if bool(bad.any()):
+            raise PatchSizeError(message)
+        return target
+    return target.masked_fill(bad.view(-1, 1, 1), -1)  # no class
+
+
+def patch_mask(attention_mask: Tensor, input_ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """(B, T) to (B, P), and which rows are padded on the left; a patch counts if its first token does."""
     if attention_mask.shape != input_ids.shape:
         raise PatchSizeError(
             f"a patch step takes an attention_mask of the shape of input_ids, {tuple(input_ids.shape)}, "
             f"got {tuple(attention_mask.shape)}"
         )
-    if attention_mask.device.type == "cpu" and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-        raise PatchSizeError("a patch step takes right padding: left padding shifts the patches")
-    return attention_mask[:, ::patch_size].contiguous()
+    left = (attention_mask[:, 1:] > attention_mask[:, :-1]).any(1)
+    return attention_mask[:, ::patch_size].contiguous(), left
 
 
-def patch_positions(position_ids: Tensor, patch_size: int) -> Tensor:
-    """(..., T) to (..., P), counted from 0 in every document."""
+def patch_positions(position_ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """(..., T) to (..., P), counted from 0 in every document, and whether some document begins within a patch."""
     patches = position_ids.unflatten(-1, (-1, patch_size)) // patch_size
     first: Tensor = patches[..., 0]
-    if position_ids.device.type == "cpu" and bool((patches != first.unsqueeze(-1)).any()):
-        raise PatchSizeError(
-            f"every document of position_ids must begin on a patch boundary, a multiple of patch_size={patch_size}"
-        )
-    return first
+    return first, (patches != first.unsqueeze(-1)).any().view(1)

@@ -24,9 +24,19 @@ IGNORED = -100
 
 
 def example_schedule(phases: tuple[Phase, ...], examples: float, batch_size: int, convention: str) -> Schedule:
-    """A schedule over examples in place of tokens; one counts as many tokens as every patch size can cut."""
+    """A schedule over examples in place of tokens; one counts as many tokens as every patch size can cut.
+
+    Raises:
+        ValueError: too few examples for a step in every phase.
+    """
     unit = math.lcm(*(phase.patch_size for phase in phases))
-    return Schedule(phases, round(examples * unit), batch_size, unit, convention)
+    try:
+        return Schedule(phases, round(examples * unit), batch_size, unit, convention)
+    except ValueError as error:
+        sizes = [phase.patch_size for phase in phases]
+        raise ValueError(
+            f"{examples:.0f} examples at {batch_size} rows a step leave a phase of {sizes} without a step"
+        ) from error
 
 
 def examples_of_steps(phases: tuple[Phase, ...], steps: int, batch_size: int, convention: str) -> float:
@@ -63,6 +73,8 @@ class PatchRows(Dataset[dict[str, Any]]):
     """Rows of a dataset that has a length; every epoch of it is permuted anew, or read in order."""
 
     def __init__(self, dataset: Any, schedule: Schedule, seed: int, shuffle: bool) -> None:
+        if not len(dataset):
+            raise ValueError("the training dataset is empty")
         self.dataset, self.rows, self.seed, self.shuffle = dataset, Rows(schedule), seed, shuffle
 
     def __len__(self) -> int:

@@ -88,7 +88,8 @@ def linear_patch_cross_entropy(
         process_group: the head is sharded by its rows (vocabulary parallel): every process gives its own classes, shape
             ``(V_r, D)``, in the order of ranks and as many as it has, and the same input and targets, which are classes
             of the whole vocabulary. Loss and ``dx`` are the same on all processes. A head that is a DTensor of
-            placements ``Shard(0)`` says so itself. See :mod:`patchkernels.linear_vocab_parallel`.
+            placements ``Shard(0)`` says so itself (under torch.compile it must be one). See
+            :mod:`patchkernels.linear_vocab_parallel`.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory

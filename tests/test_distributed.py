@@ -15,7 +15,10 @@ from distributed import run
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from patchkernels import PatchEmbedding, PatchLMHead, next_patch_targets
@@ -251,3 +254,37 @@ def check_mixed_precision():
 def test_mixed_precision():
     pytest.importorskip("transformers")
     run(check_mixed_precision, 2)
+
+
+def check_fsdp2_with_tensor_parallel():
+    import transformers
+
+    from patchkernels import hf
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    model = hf.enable(transformers.LlamaForCausalLM(config).double(), 4)
+    batches = [torch.randint(3, VOCAB, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    expected = gradients_of_one(model, hugging_face_step, batches)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    replicated = Replicate()
+    plan = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=replicated),
+        "model.layers.0.mlp.gate_proj": ColwiseParallel(),
+        "model.layers.0.mlp.up_proj": ColwiseParallel(),
+        "model.layers.0.mlp.down_proj": RowwiseParallel(),
+        "lm_head": ColwiseParallel(output_layouts=replicated),
+    }
+    parallelize_module(model, mesh["tp"], plan)
+    for unit in (model.model.layers[0], model.lm_head, model):
+        fully_shard(unit, mesh=mesh["dp"])
+    hugging_face_step(model, batches[mesh["dp"].get_local_rank()]).backward()
+    return max(
+        float((whole(p.grad) - expected[name]).norm() / expected[name].norm()) for name, p in model.named_parameters()
+    )
+
+
+def test_fsdp2_with_tensor_parallel():
+    pytest.importorskip("transformers")
+    assert max(run(check_fsdp2_with_tensor_parallel, 4)) < 1e-6

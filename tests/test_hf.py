@@ -296,7 +296,10 @@ def test_bad_input():
         ({"input_ids": ids, "labels": ids, "attention_mask": (torch.arange(8) > 3).expand(2, 8)}, "right padding"),
         ({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(2, 4)}, "shape of input_ids"),
         ({"input_ids": ids, "shift_labels": torch.zeros(2, 3, 4)}, r"\(2, 3, 4\) and \(2, 8\)"),
-        ({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]])}, "patch boundary"),
+        (
+            {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]])},
+            "patch boundaries",
+        ),
     ):
         with pytest.raises(hf.PatchSizeError, match=message):
             model(**arguments)

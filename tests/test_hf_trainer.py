@@ -270,10 +270,14 @@ def test_bad_input(tmp_path):
         ({"accelerator_config": {"split_batches": True}}, "split_batches"),
         ({"dataset": iter([]), "max_steps": -1}, "max_steps has to be specified"),
         ({"dataset": iter([]), "dataloader_num_workers": 2}, "dataloader_num_workers=2"),
+        ({"max_steps": 2, "phases": "8:1/2,1:1/2"}, "14 examples at 4 rows a step leave a phase"),
+        ({"dataset": torch.utils.data.Subset([1], [])}, "dataset is empty"),
         ({"dataset": [{"text": "a"}] * 48}, r"must hold input_ids, got \['text'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, **settings)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        PatchRows([], example_schedule(parse_phases("1:1"), 4, 1, "positions"), 0, True)
     with pytest.raises(TypeError, match="got Linear"):
         PatchTrainer(model=torch.nn.Linear(2, 2), args=arguments(tmp_path))
     with pytest.raises(ValueError, match="needs a train_dataset"):
