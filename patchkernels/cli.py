@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from patchkernels.plan import PlanConfig, print_plan
-from patchkernels.train import NonFiniteError, TrainConfig, train
+from patchkernels.train import NonFiniteError, train
+from patchkernels.train_config import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,9 +54,7 @@ def vocab_shard(weight: Tensor, process_group: dist.ProcessGroup | None, name: s
 def gathered_shard(weight: Tensor, group: dist.ProcessGroup) -> VocabShard:
     """The ranks tell each other their rows, once for every weight: that one time synchronises."""
     if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "process_group asks the other ranks; under torch.compile give a DTensor, which knows"
-        )
+        raise RuntimeError("process_group asks the other ranks; under torch.compile give a DTensor, which knows")
     known = _gathered.get(weight)
     if known is not None and known[0] == group.group_name:
         shard: VocabShard = known[1]

@@ -28,7 +28,8 @@ from patchkernels.data import DataConfig
 from patchkernels.metrics import read_log
 from patchkernels.model import PRESETS, PatchLMConfig
 from patchkernels.processes import whole
-from patchkernels.train import TrainConfig, train
+from patchkernels.train import train
+from patchkernels.train_config import TrainConfig
 
 VOCAB, HIDDEN = 37, 8
 PRESETS["tiny"] = PatchLMConfig(300, 16, 24, 2, 2, tie_word_embeddings=True)

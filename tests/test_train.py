@@ -23,7 +23,8 @@ from patchkernels.data import DataConfig
 from patchkernels.metrics import Log, read_log
 from patchkernels.model import PRESETS, PatchLMConfig
 from patchkernels.plan import PlanConfig, count_flops, memory_bytes, plan
-from patchkernels.train import NonFiniteError, Stopped, TrainConfig, train
+from patchkernels.train import NonFiniteError, Stopped, train
+from patchkernels.train_config import TrainConfig
 
 TINY = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
 TIMES = ("seconds", "raw_tokens_per_second", "positions_per_second")
