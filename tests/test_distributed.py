@@ -33,8 +33,14 @@ from patchkernels.train import train
 from patchkernels.train_config import TrainConfig
 
 VOCAB, HIDDEN = 37, 8
-PRESETS["tiny"] = PatchLMConfig(300, 16, 24, 2, 2, tie_word_embeddings=True)
-PRESETS["untied"] = dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=False)
+TINY = PatchLMConfig(300, 16, 24, 2, 2, tie_word_embeddings=True)
+SMALL = {"tiny": TINY, "untied": dataclasses.replace(TINY, tie_word_embeddings=False)}
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    for name, preset in SMALL.items():
+        monkeypatch.setitem(PRESETS, name, preset)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def config(tmp_path_factory) -> TrainConfig:
 
 def train_and_stop(config, step):
     """A crash of all processes as the given step begins."""
+    PRESETS.update(SMALL)
     read = Batches.batch
 
     def batch(self, at):
@@ -71,6 +78,7 @@ def train_and_stop(config, step):
 
 
 def train_in_processes(config, resumed=False):
+    PRESETS.update(SMALL)
     train(dataclasses.replace(config, resume=resumed))
 
 
