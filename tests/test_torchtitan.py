@@ -31,28 +31,25 @@ MODELS = {
 
 
 def configuration(name):
-    """With attention that has a backward on a CPU."""
+    """Two layers, with attention that has a backward on a CPU."""
     config = MODELS[name]()
+    config.model_spec.model.layers = config.model_spec.model.layers[:2]
     for layer in config.model_spec.model.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     return config
 
 
-def shrink(model, layers=2):
-    for key in list(model.layers)[layers:]:
-        del model.layers[key]
-    return model
-
-
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", ["llama3", "qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_models_with_patches(name, size):
     config = titan.with_patches(configuration(name))
     torch.manual_seed(0)
-    own = shrink(configuration(name).model_spec.model.build()).double()
+    dense = name in ("llama3", "qwen3")  # rotary tables of complex numbers, and routers, stay in fp32
+    own, model = (c.model_spec.model.build() for c in (configuration(name), config))
+    own, model = (own.double(), model.double()) if dense else (own, model)
+    exactness = 1 if dense else 10
     for parameter in own.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    model = shrink(config.model_spec.model.build()).double()
     model.load_state_dict(own.state_dict())
     assert list(model.state_dict()) == list(own.state_dict())
     rows = torch.randint(0, 2000, (2 * size, 17))
@@ -78,13 +75,19 @@ def test_models_with_patches(name, size):
         logits = own(means, positions=positions)
         expected = reference.patch_cross_entropy(logits, next_patch_targets(unshifted, size))
     expected.backward()
-    assert relative_error(loss, expected) < 1e-6  # torchtitan's loss of tokens is in fp32
+    assert relative_error(loss, expected) < 1e-6 * exactness  # torchtitan's loss of tokens is in fp32
     ours = dict(model.named_parameters())
+    total = torch.stack([p.grad.norm() for p in own.parameters() if p.grad is not None]).norm()
     for key, parameter in own.named_parameters():
+        if parameter.grad is None:  # an expert that no position went to
+            assert ours[key].grad is None
+            continue
         key = key if key in ours else "tok_embeddings.weight"  # tied
-        assert relative_error(ours[key].grad, parameter.grad) < 1e-5, key
+        error = float((ours[key].grad - parameter.grad).norm())
+        # in fp32 of all gradients: those of experts are small differences
+        assert error <= 1e-5 * float(parameter.grad.norm() if dense else total), key
     if size > 1:
-        assert relative_error(model.tok_embeddings.weight.grad, embedding.weight.grad) < 1e-9
+        assert relative_error(model.tok_embeddings.weight.grad, embedding.weight.grad) < (1e-9 if dense else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
