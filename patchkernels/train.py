@@ -224,7 +224,7 @@ class Run:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         # a signal that one process got stops all of them after the same step
         loss_value, norm_value, stop = self.processes.mean(loss, norm, torch.tensor(float(self.stop_signal)))
-        self.stop_signal = self.stop_signal or math.ceil(stop)
+        self.stop_signal = self.stop_signal or (signal.SIGTERM if stop else 0)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}, lr {lr:.3g}; stopped before "

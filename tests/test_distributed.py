@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from patchkernels.data import DataConfig
 from patchkernels.metrics import read_log
 from patchkernels.model import PRESETS, PatchLMConfig
 from patchkernels.processes import whole
-from patchkernels.train import train
+from patchkernels.train import Stopped, train
 from patchkernels.train_config import TrainConfig
 
 VOCAB, HIDDEN = 37, 8
@@ -127,6 +128,29 @@ def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):
     os.truncate(damaged, 10)
     with pytest.raises(ValueError, match="is damaged or of another model"):
         train(dataclasses.replace(ours, resume=True))
+
+
+def train_and_signal(config):
+    """SIGTERM to one of the processes as its sixth step begins."""
+    PRESETS.update(SMALL)
+    read = Batches.batch
+
+    def batch(self, at):
+        if at == 5 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, at)
+
+    Batches.batch = batch
+    try:
+        train(config)
+    except Stopped as stopped:
+        return stopped.code
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
+    codes = run(train_and_signal, 2, dataclasses.replace(config, out=str(tmp_path)))
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000006"
 
 
 class Small(torch.nn.Module):
