@@ -55,13 +55,14 @@ def _forward(ids: Tensor, weight: Tensor, padding_idx: int | None, first: int, v
     *shape, patch_size = ids.shape
     ids = ids.reshape(-1, patch_size)
     dtype = accumulation_dtype(weight.dtype)
-    total = torch.zeros(len(ids), weight.shape[1], dtype=dtype, device=weight.device)
+    # -0.0 + x is x to the bit, -0.0 among it
+    total = torch.full((len(ids), weight.shape[1]), -0.0, dtype=dtype, device=weight.device)
     if len(weight):
         # for K = 1 this is F.embedding, padding row included
         inside = _inside(ids, len(weight), first, padding_idx if patch_size > 1 else None)
         for slot, ours in zip(ids.T, inside.T):  # never an (N K, D) intermediate
             rows = weight[(slot - first).clamp(0, len(weight) - 1)]
-            total += rows.masked_fill_(~ours.unsqueeze(1), 0)
+            total += rows.masked_fill_(~ours.unsqueeze(1), -0.0)
     sum_(total, group)
     if patch_size > 1:
         total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)

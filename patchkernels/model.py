@@ -159,7 +159,7 @@ class PatchLM(nn.Module):
             logits: Tensor = self.lm_head(hidden)
             return logits
         target = patch_targets(labels, patch_size, document_ids)
-        loss: Tensor = self.lm_head(hidden, target, reduction=reduction)
+        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction)
         return loss
 
     def save_pretrained(self, directory: str | os.PathLike[str], **token_ids: int) -> None:
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, patch_size: int, documents: Tensor | None) -> Tensor:
-        x = self.embed_tokens(input_ids, patch_size)  # (B, P, D)
+        x = self.embed_tokens(input_ids, patch_size=patch_size)  # (B, P, D)
         rotary = rotary_table(x, documents, self.config)
         for block in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -53,7 +53,8 @@ class PatchLMHead(nn.Linear):
 
     Same parameters and ``state_dict`` as ``nn.Linear``, without a bias by default. Loss and logits both go through
     ``forward``, so that module hooks (FSDP's, say) see them. Options of the loss and errors are those of
-    :func:`linear_patch_cross_entropy`.
+    :func:`linear_patch_cross_entropy`. Pass ``target`` by keyword where torch's tensor parallel is to shard the head:
+    the hooks of its styles drop positional arguments after the first.
     """
 
     def __init__(

@@ -157,6 +157,7 @@ def check_embedding():
     torch.manual_seed(0)
     for dtype, size, padding in itertools.product((torch.float64, torch.float32, torch.bfloat16), (1, 4), (None, 5)):
         weight, ids = torch.randn(VOCAB, HIDDEN, dtype=dtype), torch.randint(0, VOCAB, (3, 16))
+        weight[5, 0] = -0.0
         ids[0, :6] = 5
 
         def full(weight, ids=ids, size=size, padding=padding):
@@ -170,6 +171,7 @@ def check_embedding():
         compare_parts(ours, eager, exact, whole=1)
         if size == 1:
             assert torch.equal(ours[0], F.embedding(ids, weight))
+            assert torch.equal(ours[0].signbit(), F.embedding(ids, weight).signbit())
         again = outputs_and_gradients(sharded, mine(weight))
         assert all(torch.equal(a, b) for a, b in zip(again, ours))
     ids[1, 1] = VOCAB
