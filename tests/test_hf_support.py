@@ -51,5 +51,8 @@ def test_the_page_says_what_its_rows_say():
     for verdict in ("fused", "materialised", "refused"):
         assert f"{counts[verdict]} {verdict}" in text
     assert f"{counts['fused'] + counts['materialised']} exact" in text
+    exact = counts["fused"] + counts["materialised"]
+    said = f"{exact} are exact at a tiny size ({counts['fused']} fused), {counts['refused']} refused and none wrong"
+    assert said in (CHECKOUT / "README.md").read_text()
     assert counts["wrong"] == 0 and "0 wrong" in text
     assert counts["fused"] + counts["materialised"] >= 105
