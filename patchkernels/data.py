@@ -1,17 +1,15 @@
 """Text to tokens: a corpus, its tokenizer, and memory-mapped ids, cached by content and settings.
 
-documents -> held-out split by content -> BPE of the training documents -> ids, each document closed by end-of-text
+documents -> held-out split by file name or content -> BPE of the training documents -> ids, each closed by end-of-text
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,17 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from patchkernels.pretrained import replace_file
+from patchkernels.sources import Source, file_digest, split_keys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 logger = logging.getLogger("patchkernels")
 
-FORMAT = 1  # of the cache
+FORMAT = 2  # of the cache
+VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 BATCH = 256  # documents encoded at a time
-COLUMN_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,15 @@ class DataConfig:
     or a folder of them, or a dataset's name on the Hugging Face hub. None: the source text of the running Python's
     standard library."""
     text_field: str = "text"
-    """The column of JSONL, Parquet and hub datasets that holds the text."""
+    """The column of JSONL, Parquet and hub datasets that holds the text; one named "path" tells files apart."""
+    endings: tuple[str, ...] = ()
+    """Of a folder's files, those that end so; none: all."""
     tokenizer: str | None = None
     """A tokenizer.json; None: a byte-level BPE trained on the training documents."""
-    vocab_size: int = 4096
-    """Of the BPE that is trained."""
+    vocab_size: int | None = None
+    """Of the BPE that is trained; None: 4096, or that of an experiment's budget."""
     validation_fraction: float = 0.02
-    """Of the documents, chosen by a hash of their content."""
+    """Of the documents, chosen by a hash of their file's name, or of their content where they are not files."""
     document_multiple: int = 1
     """Every document is padded with end-of-text to a multiple of this (for packed documents)."""
     cache_dir: str | None = None
@@ -59,7 +60,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
-        if self.vocab_size < 257:
+        if self.vocab_size is not None and self.vocab_size < 257:
             raise ValueError(f"vocab_size must be at least 257, the bytes and end-of-text, got {self.vocab_size}")
         if self.document_multiple < 1:
             raise ValueError(f"document_multiple must be at least 1, got {self.document_multiple}")
@@ -87,6 +88,8 @@ class Corpus:
     vocab_size: int
     end_of_text: int
     bytes_per_token: float  # of the validation text
+    origin: str  # what a report calls the source
+    documents: dict[str, int]  # of "train" and of "validation"
     digest: str
 
 
@@ -111,9 +114,11 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchkernels"
     root = Path(config.cache_dir).expanduser() if config.cache_dir else user
     root.mkdir(parents=True, exist_ok=True)
-    source = _Source(config)
+    source = Source(config.path, config.text_field, config.endings)
     settings = [FORMAT, source.digest, config.text_field, config.validation_fraction, config.document_multiple]
-    settings.append(_file_digest(_tokenizer_file(config.tokenizer)) if config.tokenizer else config.vocab_size)
+    settings.append(
+        file_digest(_tokenizer_file(config.tokenizer)) if config.tokenizer else config.vocab_size or VOCAB_SIZE
+    )
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
     folder = root / digest
     if folder.exists():
@@ -135,113 +140,9 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
     return _open(folder, digest)
 
 
-class _Source:
-    """The documents of a configuration and a digest of their content."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-        self.rows: Any = None  # a dataset of the hub
-        self.files: list[Path] = []
-        if config.path is None:
-            self.files = standard_library()
-        elif Path(config.path).expanduser().is_dir():
-            self.files = sorted(p for p in Path(config.path).expanduser().rglob("*") if p.is_file())
-        elif Path(config.path).expanduser().is_file():
-            self.files = [Path(config.path).expanduser()]
-        else:
-            self.rows = self._hub(config.path)
-        if self.rows is not None:
-            self.digest = str(self.rows._fingerprint)
-        else:
-            names = b"".join(bytes.fromhex(_file_digest(path)) for path in self.files)
-            self.digest = hashlib.sha256(names).hexdigest()
-
-    def _hub(self, name: str) -> Any:
-        import datasets
-
-        if (
-            name.startswith((".", "/", "~"))
-            or name.count("/") > 1
-            or Path(name).suffix in {*COLUMN_KINDS, ".txt", ".md"}
-        ):
-            raise FileNotFoundError(f"no file or folder {name!r}")
-        try:
-            return datasets.load_dataset(name, split="train")
-        except Exception as error:
-            raise FileNotFoundError(
-                f"no file or folder {name!r}; taken as a dataset's name on the hub, it could not be loaded: {error}"
-            ) from error
-
-    def load(self, arrow: Path) -> None:
-        """Local files become a dataset, through Arrow files in the folder ``arrow``: never whole in memory."""
-        column = self.config.text_field
-        if self.rows is None:
-            kind = next((COLUMN_KINDS[path.suffix] for path in self.files if path.suffix in COLUMN_KINDS), "text")
-            if kind == "text":
-                column = "text"
-            self.rows = self._local(kind, arrow)
-        if column not in self.rows.column_names:
-            raise ValueError(f"no column {column!r} in {self.config.path}; it has {self.rows.column_names}")
-        self.rows = self.rows.select_columns([column])
-
-    def _local(self, kind: str, arrow: Path) -> Any:
-        import datasets
-
-        options = {}
-        if kind == "text":
-            files = [path for path in self.files if _is_text(path)]
-            if not files:
-                raise ValueError(f"{self.config.path}: no UTF-8 text")
-            one_file = self.config.path is not None and Path(self.config.path).expanduser().is_file()
-            options["sample_by"] = "paragraph" if one_file else "document"
-        else:
-            files = [path for path in self.files if COLUMN_KINDS.get(path.suffix) == kind]
-        datasets.disable_progress_bars()
-        names = [str(path) for path in files]
-        try:
-            return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=str(arrow), **options)
-        except Exception as error:
-            raise ValueError(f"{self.config.path} could not be read as {kind}: {error}") from error
-
-    def documents(self) -> Iterator[str]:
-        (column,) = self.rows.column_names
-        for batch in self.rows.iter(BATCH):
-            yield from (text for text in batch[column] if text and text.strip())
-
-
-def standard_library() -> list[Path]:
-    """The source files of the running Python's standard library, without its tests, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
-
-
-def _is_text(path: Path) -> bool:
-    """UTF-8 throughout, without a zero byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        try:
-            while block := file.read(2**20):
-                if b"\0" in block:
-                    return False
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _held_out(text: str, fraction: float) -> bool:
-    """By content alone, so that identical documents are on the same side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+def _held_out(key: bytes, fraction: float) -> bool:
+    """By the key alone, so that documents that share it are on the same side."""
+    return int.from_bytes(key[:8], "big") < fraction * 2**64
 
 
 def _tokenizer_file(path: str) -> Path:
@@ -289,29 +190,30 @@ def pack(documents: Iterable[list[int]], end_of_text: int, multiple: int) -> Ite
         yield [*ids, *[end_of_text] * (1 + -length % multiple)]
 
 
-def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress) -> None:
+def _write(folder: Path, config: DataConfig, source: Source, progress: Progress) -> None:
     progress("reading", 0, 0)
     source.load(folder / "arrow")
-    split: dict[bool, list[tuple[bytes, int]]] = {True: [], False: []}
-    total = 0
-    for text in source.documents():
-        key = hashlib.sha256(text.encode()).digest()
-        split[_held_out(text, config.validation_fraction)].append((key, total))
-        total += 1
-        progress("reading documents", total, 0)
+    paths: list[str | None] = []
+    digests: list[bytes] = []
+    for document in source.documents():
+        paths.append(document.path)
+        digests.append(document.digest)
+        progress("reading documents", len(paths), 0)
+    total = len(paths)
     if total < 2:
-        raise ValueError(f"{config.path}: {total} documents with text; two are needed, one of them to hold out")
-    for side in (True, False):  # a small corpus may hash to one side: move its lowest document
-        if not split[side]:
-            split[not side].sort()
-            split[side].append(split[not side].pop(0))
-    held_out = {index for _, index in split[True]}
+        what = "no UTF-8 text" if total == 0 else f"{total} documents with text"
+        raise ValueError(f"{config.path}: {what}; two are needed, one of them to hold out")
+    keys = split_keys(paths, digests)
+    held_out_keys = {key for key in keys if _held_out(key, config.validation_fraction)}
+    if not held_out_keys or held_out_keys == set(keys):  # a small corpus may hash to one side
+        held_out_keys = {min(keys)}
+    held_out = {index for index, key in enumerate(keys) if key in held_out_keys}
     if config.tokenizer:
         shutil.copyfile(_tokenizer_file(config.tokenizer), folder / "tokenizer.json")
     else:
         progress("training the tokenizer", 0, 0)
-        training = (text for i, text in enumerate(source.documents()) if i not in held_out)
-        _train_tokenizer(training, config.vocab_size, folder / "tokenizer.json")
+        training = (document.text for i, document in enumerate(source.documents()) if i not in held_out)
+        _train_tokenizer(training, config.vocab_size or VOCAB_SIZE, folder / "tokenizer.json")
     tokenizer, end_of_text = _load_tokenizer(folder / "tokenizer.json")
     vocab_size = tokenizer.get_vocab_size()
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -319,7 +221,7 @@ def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress
     lengths = np.zeros(total, np.int64)
     validation_bytes = 0
     with open(folder / "source.bin", "wb") as file:
-        for first, batch in _batches(source.documents()):
+        for first, batch in _batches(document.text for document in source.documents()):
             encoded = tokenizer.encode_batch(batch, add_special_tokens=False)
             packed = pack((e.ids for e in encoded), end_of_text, config.document_multiple)
             for index, (text, ids) in enumerate(zip(batch, packed), start=first):
@@ -330,7 +232,7 @@ def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress
     source_ids = np.memmap(folder / "source.bin", dtype, "r")
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for name, side in (("train", False), ("validation", True)):
-        order = [index for _, index in sorted(split[side])]
+        order = sorted((i for i in range(total) if (i in held_out) == side), key=digests.__getitem__)
         with open(folder / f"{name}.bin", "wb") as file:
             for index in order:
                 file.write(source_ids[offsets[index] : offsets[index + 1]].tobytes())
@@ -346,6 +248,8 @@ def _write(folder: Path, config: DataConfig, source: _Source, progress: Progress
         "vocab_size": vocab_size,
         "end_of_text": end_of_text,
         "bytes_per_token": validation_bytes / counts["validation"],
+        "origin": source.origin,
+        "documents": {"train": total - len(held_out), "validation": len(held_out)},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
@@ -379,6 +283,8 @@ def _open(folder: Path, digest: str) -> Corpus:
         vocab_size=meta["vocab_size"],
         end_of_text=end_of_text,
         bytes_per_token=meta["bytes_per_token"],
+        origin=meta["origin"],
+        documents=meta["documents"],
         digest=digest,
     )
 

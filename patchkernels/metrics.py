@@ -20,7 +20,7 @@ class Log:
         self.file: TextIO | None = None
         if path is None:
             return
-        kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
+        kept = [line for line in read_log(path) if line["step"] <= step] if step and path.exists() else []
         temporary = path.with_name(f".{path.name}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -69,10 +69,10 @@ class Display:
         self.bar.update(self.task, completed=step)
         if values is None:
             return
-        text = (
-            f"step {step:>6}/{self.total}  phase {values['phase']} (K={values['patch_size']})"
-            f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['raw_tokens_per_second']:,.0f} raw tokens/s"
-        )
+        text = f"step {step:>6}/{self.total}  phase {values['phase']} (K={values['patch_size']})"
+        if "loss" in values:  # not before the first step
+            text += f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+            text += f"  {values['raw_tokens_per_second']:,.0f} raw tokens/s"
         if "validation_loss" in values:
             text += f"  validation {values['validation_loss']:.4f}"
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -83,6 +83,7 @@ class PatchLMConfig:
 
 PRESETS = {
     "demo": PatchLMConfig(4096, 128, 352, 4, 4, max_position_embeddings=256, tie_word_embeddings=True),
+    "42m": PatchLMConfig(32000, 512, 1376, 8, 8, tie_word_embeddings=True),
     "124m": PatchLMConfig(50257, 768, 2048, 12, 12, tie_word_embeddings=True),  # GPT-2 small in LLaMA's shape
     # PatchTrain (arXiv 2407.12665), table 1
     "370m": PatchLMConfig(32000, 1024, 2752, 24, 16),

@@ -70,7 +70,7 @@ class PlanConfig:
     """What `patchkernels plan` is asked."""
 
     model: str = "370m"
-    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
+    """A preset: demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
     tokens: float = 10e9
     """Raw tokens in all."""
     phases: str = "4:2/3,1:1/3"

@@ -62,6 +62,7 @@ class Schedule:
     batch_size: int  # rows a step
     context: int
     convention: str = "positions"
+    piece_tokens: int | None = None  # of the pieces that text is cut into; None: the fewest that will do
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
@@ -74,6 +75,11 @@ class Schedule:
                 raise ValueError(
                     f"context must be divisible by the patch size, got {self.context} and {phase.patch_size}"
                 )
+        if self.unit_tokens % math.lcm(*(self.row_tokens(phase) for phase in self.phases)):
+            raise ValueError(
+                f"piece_tokens must be a multiple of every phase's row, got {self.piece_tokens} and rows of "
+                f"{[self.row_tokens(phase) for phase in self.phases]}"
+            )
         if min(self.steps) < 1:
             raise ValueError(
                 f"{self.total_tokens} tokens give {self.steps} steps by phase at {self.batch_size} rows of "
@@ -91,7 +97,7 @@ class Schedule:
     @property
     def unit_tokens(self) -> int:
         """The pieces that text is cut into: whole rows of every phase."""
-        return math.lcm(*(self.row_tokens(phase) for phase in self.phases))
+        return self.piece_tokens or math.lcm(*(self.row_tokens(phase) for phase in self.phases))
 
     @property
     def steps(self) -> list[int]:

@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,7 +45,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGINT: the step was finished and saved. The exit code is 128 + the signal."""
+    """The step was finished and saved. The exit code is 128 + the signal, or ``OUT_OF_TIME``."""
+
+
+OUT_OF_TIME = 75  # sysexits.h: a temporary failure, try again
 
 
 def train(config: TrainConfig) -> Path:
@@ -54,7 +58,9 @@ def train(config: TrainConfig) -> Path:
         ValueError: settings that make no sense, or a checkpoint of other settings.
         FileExistsError: a folder that already holds a run, without ``resume``.
         NonFiniteError: the loss diverged; the last checkpoint is from before.
+        Stopped: by a signal, or after ``config.minutes``; a resumed run goes on.
     """
+    deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     phases = parse_phases(config.phases, config.shares_of, config.convention)
     processes = environment(choose_device(config.device))
     if config.batch_size % (processes.world_size * config.accumulation):
@@ -79,8 +85,8 @@ def train(config: TrainConfig) -> Path:
         with processes.first_on_its_node():
             corpus = prepare_aloud(data, Console(quiet=not processes.speaks))
         total = int(config.tokens or len(corpus.train))
-        schedule = Schedule(phases, total, config.batch_size, config.context, config.convention)
-        run = Run(config, corpus, schedule, processes, attention)
+        schedule = Schedule(phases, total, config.batch_size, config.context, config.convention, config.piece_tokens)
+        run = Run(config, corpus, schedule, processes, attention, deadline)
         if saved:
             run.restore(saved[-1])
         if processes.speaks:
@@ -100,6 +106,7 @@ class Run:
         schedule: Schedule,
         processes: Processes,
         attention: str,
+        deadline: float = math.inf,  # of time.monotonic()
     ) -> None:
         self.config, self.corpus, self.schedule = config, corpus, schedule
         self.processes, self.device, self.attention = processes, processes.device, attention
@@ -127,8 +134,10 @@ class Run:
         rows = validation_rows(corpus.validation, config.context, config.eval_rows)
         self.validation = read_rows(corpus.validation, rows, config.context, packed)
         self.step = 0
-        self.seconds = 0.0  # of training steps, evaluation and saving left out
-        self.stop_signal = 0
+        self.seconds = 0.0  # of training steps; compilation, evaluation and saving left out
+        self.compile_seconds = 0.0
+        self.prepared: set[int] = set()  # phases
+        self.deadline, self.stop_code = deadline, 0
         self.phase_flops = [
             count_flops(self.model_config, config.batch_size, schedule.positions(phase), phase.patch_size)
             for phase in schedule.phases
@@ -141,14 +150,15 @@ class Run:
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=self.device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
 
     @property
     def parallel_name(self) -> str:
         return f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
 
     def state(self) -> dict[str, Any]:
-        return {"config": self.config.identity(), "corpus": self.corpus.digest, "seconds": self.seconds}
+        return {"config": self.config.identity(), "corpus": self.corpus.digest, "seconds": self.seconds,
+                "compile_seconds": self.compile_seconds}  # fmt: skip
 
     def restore(self, folder: Path) -> None:
         state = read_state(folder)
@@ -159,7 +169,7 @@ class Run:
             changes = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
             raise ValueError(f"the checkpoint {folder} is of another configuration ({changes})")
         load_checkpoint(folder, self.model, self.optimizer)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.compile_seconds = (state[k] for k in ("step", "seconds", "compile_seconds"))
 
     def loop(self, out: Path) -> None:
         config, total, speaks = self.config, self.schedule.total_steps, self.processes.speaks
@@ -173,10 +183,16 @@ class Run:
                 + ", ".join(f"K={p.patch_size}: {s} steps" for p, s in zip(self.schedule.phases, self.schedule.steps))
                 + f"; cost {self.schedule.cost:.3f} of token-level training"
             )
+            if self.step == 0:
+                values = self.initial()
+                log.write(**values)
+                display.step(0, values)
             while self.step < total:
                 index, within = self.schedule.locate(self.step)
                 if within == 0 and self.step and config.optimizer_at_switch == "reset":
                     self.optimizer = self.new_optimizer()
+                if index not in self.prepared:
+                    self.prepare(index)
                 began, tokens_before = time.perf_counter(), self.schedule.raw_tokens(self.step)
                 values = self.train_step(index)
                 took = time.perf_counter() - began
@@ -186,12 +202,13 @@ class Run:
                 last = self.step == total
                 switch = last or self.schedule.locate(self.step)[1] == 0
                 logged = switch or self.step % config.log_every == 0
-                evaluated = switch or self.step % config.eval_every == 0
+                recovering = index > 0 and (within + 1).bit_count() == 1  # 1, 2, 4, 8, ... steps after a switch
+                evaluated = switch or recovering or self.step % config.eval_every == 0
                 if logged or evaluated:
                     phase = self.schedule.phases[index]
                     values |= {
                         "step": self.step, "phase": index + 1, "patch_size": phase.patch_size, "raw_tokens": tokens,
-                        "flops": self.flops(), "seconds": self.seconds,
+                        "flops": self.flops(), "seconds": self.seconds, "compile_seconds": self.compile_seconds,
                         "raw_tokens_per_second": (tokens - tokens_before) / took,
                         "positions_per_second": config.batch_size * self.schedule.positions(phase) / took,
                     }  # fmt: skip
@@ -199,32 +216,62 @@ class Run:
                         values |= self.evaluate(phase)
                     log.write(**values)
                 display.step(self.step, values if logged or evaluated else None)
-                if switch or self.stop_signal or self.step % config.save_every == 0:
+                if switch or self.stop_code or self.step % config.save_every == 0:
                     save = save_distributed if self.processes.world_size > 1 else save_checkpoint
                     save(out / "checkpoints", self.step, self.model, self.optimizer, self.state(), config.keep)
-                if self.stop_signal and not last:
-                    display.say(f"stopped by signal {self.stop_signal} after step {self.step}; --resume goes on")
-                    raise Stopped(128 + self.stop_signal)
+                if self.stop_code and not last:
+                    why = "out of time" if self.stop_code == OUT_OF_TIME else f"signal {self.stop_code - 128}"
+                    display.say(f"stopped after step {self.step} ({why}); --resume goes on")
+                    raise Stopped(self.stop_code)
             self.finish(out, display)
+
+    def initial(self) -> dict[str, Any]:
+        """Before any step: token-level validation loss, and at every patch size of the run the loss as it is trained on
+        and that of each slot. All are about log V; one that is not tells of targets that were lost."""
+        sizes = [size for size in sorted({p.patch_size for p in self.schedule.phases}) if self.has_patches(size)]
+        with torch.no_grad():
+            losses = {str(k): float(self.loss(*next(self.validation_parts(k)), k, compiled=False)) for k in sizes}
+        return {
+            "step": 0, "phase": 1, "patch_size": self.schedule.phases[0].patch_size, "raw_tokens": 0, "flops": 0,
+            "seconds": 0.0, "compile_seconds": 0.0, **self.evaluate(self.schedule.phases[0]), "initial_losses": losses,
+            "initial_slot_losses": {str(size): self.slot_losses(size) for size in sizes},
+        }  # fmt: skip
+
+    def prepare(self, index: int) -> None:
+        """A step of the phase that is thrown away: what compiling and first allocations take is not training time."""
+        began = time.perf_counter()
+        ids, labels, documents = self.read()[0]
+        self.loss(ids, labels, documents, self.schedule.phases[index].patch_size).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.prepared.add(index)
+        self.compile_seconds += time.perf_counter() - began
+
+    def read(self) -> list[tuple[Any, Any, Any]]:
+        """The step's rows in ``accumulation`` parts: ids, labels, document ids."""
+        batch = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
+        count = self.config.accumulation
+        return list(zip(*([None] * count if t is None else t.chunk(count) for t in batch)))
 
     def train_step(self, index: int) -> dict[str, Any]:
         config, phase = self.config, self.schedule.phases[index]
         lr = self.lr.at(self.step, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
-        parts = [[None] * config.accumulation if t is None else t.chunk(config.accumulation) for t in batch]
+        parts = self.read()
         loss = torch.zeros((), device=self.device)
         shares = self.shares(parts, phase)
-        for i, (ids, labels, documents) in enumerate(zip(*parts)):
+        for i, (ids, labels, documents) in enumerate(parts):
             with synchronized(self.parallel, last=i + 1 == config.accumulation):
-                part = self.loss(ids, labels, phase, documents) * shares[i]
+                part = self.loss(ids, labels, documents, phase.patch_size) * shares[i]
                 part.backward()
             loss += part.detach()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        # a signal that one process got stops all of them after the same step
-        loss_value, norm_value, stop = self.processes.mean(loss, norm, torch.tensor(float(self.stop_signal)))
-        self.stop_signal = self.stop_signal or (signal.SIGTERM if stop else 0)
+        # a signal that one process got, or the first clock that is past the deadline, stops all after the same step
+        flags = [torch.tensor(float(f)) for f in (self.stop_code, time.monotonic() > self.deadline)]
+        loss_value, norm_value, stop, late = self.processes.mean(loss, norm, *flags)
+        self.stop_code = self.stop_code or (128 + signal.SIGTERM if stop else OUT_OF_TIME if late else 0)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise NonFiniteError(
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}, lr {lr:.3g}; stopped before "
@@ -234,43 +281,53 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss_value, "grad_norm": norm_value, "lr": lr}
 
-    def shares(self, parts: list[Any], phase: Phase) -> list[float]:
+    def shares(self, parts: list[tuple[Any, Any, Any]], phase: Phase) -> list[float]:
         """What each part's mean counts: parts of packed documents hold unlike numbers of targets."""
         if not self.config.packed_documents:
             return [1 / self.config.accumulation] * self.config.accumulation
-        targets = [patch_targets(labels, phase.patch_size, documents) for _, labels, documents in zip(*parts)]
+        targets = [patch_targets(labels, phase.patch_size, documents) for _, labels, documents in parts]
         counts = torch.stack([(target != -100).sum() for target in targets])
         (mean,) = self.processes.mean(counts.sum())
         return [count / max(mean, 1) for count in counts.tolist()]
 
     def loss(
-        self, ids: Any, labels: Any, phase: Phase, documents: Any, reduction: str = "mean", compiled: bool = True
+        self, ids: Any, labels: Any, documents: Any, patch_size: int, reduction: str = "mean", compiled: bool = True
     ) -> Tensor:
         model = self.call if compiled else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            loss: Tensor = model(ids, labels, phase.patch_size, reduction, documents)
+            loss: Tensor = model(ids, labels, patch_size, reduction, documents)
         return loss
 
     @torch.no_grad()
     def evaluate(self, phase: Phase) -> dict[str, Any]:
         """Token-level loss in every phase; in a patch phase also that of each slot, on the same text."""
-        token = self.slot_losses(Phase(1, 1.0))[0]
+        token = self.slot_losses(1)[0]
         bits = token / math.log(2) / self.corpus.bytes_per_token
         values: dict[str, Any] = {"validation_loss": token, "validation_bits_per_byte": bits}
-        if phase.patch_size > 1 and self.config.context % phase.patch_size == 0:
-            values["validation_slot_losses"] = self.slot_losses(phase)
+        if phase.patch_size > 1 and self.has_patches(phase.patch_size):
+            values["validation_slot_losses"] = self.slot_losses(phase.patch_size)
         return values
 
-    def slot_losses(self, phase: Phase) -> list[float]:
-        total = torch.zeros(phase.patch_size, dtype=torch.float64)
-        count = torch.zeros(phase.patch_size, dtype=torch.float64)
-        for rows in range(0, len(self.validation[0]), self.config.batch_size):
-            part = [None if t is None else t[rows : rows + self.config.batch_size] for t in self.validation]
-            ids, labels, documents = (None if t is None else t.to(self.device) for t in part)
-            losses = self.loss(ids, labels, phase, documents, "none", compiled=False).double().cpu()
+    @torch.no_grad()
+    def slot_losses(self, patch_size: int) -> list[float]:
+        """The mean loss of each of the K slots over the held-out rows, cut to whole patches."""
+        total, count = (torch.zeros(patch_size, dtype=torch.float64) for _ in range(2))
+        for part in self.validation_parts(patch_size):
+            losses = self.loss(*part, patch_size, "none", compiled=False).double().cpu()
             total += losses.sum((0, 1))
             count += (losses != 0).sum((0, 1))  # an ignored target's loss is exactly 0
         return (total / count.clamp(min=1)).tolist()
+
+    def has_patches(self, patch_size: int) -> bool:
+        """Whether a held-out row has a patch and one to predict."""
+        return self.config.context >= 2 * patch_size
+
+    def validation_parts(self, patch_size: int) -> Iterator[tuple[Any, Any, Any]]:
+        length = self.config.context // patch_size * patch_size
+        for rows in range(0, len(self.validation[0]), self.config.batch_size):
+            part = (slice(rows, rows + self.config.batch_size), slice(length))
+            ids, labels, documents = (None if t is None else t[part].to(self.device) for t in self.validation)
+            yield ids, labels, documents
 
     def flops(self) -> int:
         """Counted FLOPs of the steps so far."""
@@ -303,7 +360,7 @@ class Run:
         """SIGTERM and SIGINT let the step finish."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.stop_signal = number
+            self.stop_code = 128 + number
 
         previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

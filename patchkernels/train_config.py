@@ -18,7 +18,7 @@ class TrainConfig:
     out: str = "runs/demo"
     """The run's folder: checkpoints, log.jsonl, and at the end model/ and plot.png."""
     model: str = "demo"
-    """A preset: demo, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
+    """A preset: demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b, 70b."""
     qk_norm: bool = False
     """QK-norm; what is saved is then a Qwen3 instead of a LLaMA."""
     attention: str = "auto"
@@ -36,9 +36,12 @@ class TrainConfig:
     """Rows a step."""
     context: int = 128
     """Positions of a row in the token phase."""
+    piece_tokens: int | None = None
+    """Raw tokens of the pieces that the text is cut into and shuffled by, a multiple of every phase's row. Runs that
+    share it and the seed read the same pieces in the same order, whatever their phases. None: the fewest that do."""
     packed_documents: bool = False
     """No patch straddles a document and no position sees another one."""
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     warmup: float = 0.05
     """Share of the steps."""
     decay: float = 0.1
@@ -67,11 +70,14 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     eval_every: int = 100
+    """Steps. Validation is measured too before the first, where the phase changes, and 1, 2, 4, 8, ... after that."""
     eval_rows: int = 64
     """Rows of held-out text, the same in every phase."""
     save_every: int = 200
     keep: int = 2
     """Checkpoints to keep."""
+    minutes: float | None = None
+    """Save and stop after so long, with exit code 75; --resume goes on."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
 
@@ -94,13 +100,15 @@ class TrainConfig:
             raise ValueError(f"optimizer_at_switch must be 'carry' or 'reset', got {self.optimizer_at_switch!r}")
         if self.parallel not in PARALLELS:
             raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, got {self.minutes}")
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and its run must share; where it lies and how often it speaks may change."""
         free = {"out", "resume", "log_every", "eval_every", "eval_rows", "save_every", "keep", "device", "compile",
-                "parallel"}  # fmt: skip
+                "parallel", "minutes"}  # fmt: skip
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         values["data"].pop("cache_dir")
         return {key: value for key, value in values.items() if key not in free}

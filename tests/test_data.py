@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchkernels.data import DataConfig, pack, prepare, standard_library
+from patchkernels.data import DataConfig, pack, prepare
+from patchkernels.sources import standard_library
 
 TEXTS = [f"document {i}: " + " ".join(f"word{j * i % 17}" for j in range(40)) for i in range(60)]
 

@@ -1,0 +1,384 @@
+"""The experiment that checks the claim on any corpus: training runs ("arms") over the same data, compared.
+
+    A   token-level on all of the data                       cost 1
+    B   patches of K on a share λ of it, then token-level    cost λ/K + 1 - λ
+    C   token-level, stopped at B's compute                  the same cost
+    ρ = (L_C - L_B) / (L_C - L_A)         1: as good as A at a fraction of its compute; 0: no better than C
+
+L is token-level validation loss. Every arm is one call of :func:`patchkernels.train.train`: the same model and loss
+code, tokenizer, validation text and context; by seed the same initial weights and the same order of the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from patchkernels.checkpoint import checkpoints
+from patchkernels.data import Corpus, DataConfig
+from patchkernels.experiment_report import write_report
+from patchkernels.metrics import prepare_aloud, read_log
+from patchkernels.model import PatchLM, PatchLMConfig
+from patchkernels.pretrained import replace_file
+from patchkernels.processes import choose_device
+from patchkernels.schedule import parse_phases
+from patchkernels.train import OUT_OF_TIME, NonFiniteError, Stopped, train
+from patchkernels.train_config import TrainConfig
+
+SPREAD = 0.05  # how far from log V a loss at initialisation may be, relatively
+MOST_RATES = 5  # learning rates that A is tried with
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an experiment costs."""
+
+    model: str
+    tokens: float  # raw tokens of arm A
+    vocab_size: int
+    batch_size: int
+    context: int
+    lr: float
+    seeds: int
+    minutes: float
+    bf16: bool
+    compile: bool
+    eval_every: int
+    eval_rows: int
+
+
+BUDGETS = {
+    # 1.3M parameters, 2 cores: the six runs of two seeds, two more learning rates of A and two of B
+    "cpu": Budget("demo", 1_474_560, 4096, 8, 128, 1.5e-3, 2, 24.0, False, False, 100, 128),
+    # 42M parameters, one H200; a call ends within 9 minutes, several calls go on with each other
+    "gpu": Budget("42m", 100_663_296, 32000, 64, 1024, 2e-3, 3, 8.0, True, True, 100, 128),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training run of the experiment; what it does not say is the same for all."""
+
+    title: str
+    phases: str
+    share: float = 1.0  # of the experiment's raw tokens
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def arms(phases: str) -> dict[str, Arm]:
+    """All arms by name; ``phases`` are B's."""
+    cost = sum(phase.share / phase.patch_size for phase in parse_phases(phases))
+    reset = {"optimizer_at_switch": "reset", "lr_scope": "phase"}
+    return {
+        "A": Arm("token-level, all data", "1:1"),
+        "B": Arm("patches, then token-level", phases),
+        "C": Arm("token-level, B's compute", "1:1", share=cost),
+        "B-reset": Arm("B, optimizer and schedule reset at the switch (PatchTrain)", phases, changes=reset),
+        "TST": Arm("K = 8, r = 0.3 of the steps (TST)", "8:0.3,1:0.7", changes={"shares_of": "steps"}),
+        "multi": Arm("K = 8, 4, 2, 1", "8:1/3,4:1/6,2:1/6,1:1/3"),
+    }
+
+
+NAMES = tuple(arms("1:1"))
+
+
+@dataclass
+class ExperimentConfig:
+    """What `patchkernels experiment` is asked. An unfinished experiment goes on when it is called again."""
+
+    out: str = "runs/experiment"
+    """The experiment's folder: runs/, results.jsonl, report.md and its figures."""
+    budget: str = "cpu"
+    """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. What follows replaces parts of it."""
+    arms: tuple[str, ...] = ("A", "B", "C")
+    """Of A, B, C, B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1).
+    More may be asked for later; runs that are finished stay."""
+    phases: str = "4:2/3,1:1/3"
+    """B's patch sizes and shares of the data."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str | None = None
+    tokens: float | None = None
+    """Raw tokens of arm A, no token twice; cut to what all arms can read in whole steps."""
+    batch_size: int | None = None
+    accumulation: int = 1
+    context: int | None = None
+    lr: float | None = None
+    """Where tuning starts, or the learning rate itself with --no-tune."""
+    tune: bool = True
+    """Tune the learning rate on A, by factors of 2 until the best lies between two; check its neighbours for B."""
+    warmup: float = 0.05
+    """Share of the steps."""
+    decay: float = 0.2
+    """Share of the steps that WSD decays over."""
+    seeds: int | None = None
+    minutes: float | None = None
+    """The call stops, saved, after so long with exit code 75; the same command goes on."""
+    compile: bool | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
+        unknown = [name for name in self.arms if name not in NAMES]
+        if unknown or not {"A", "B", "C"} <= set(self.arms):
+            raise ValueError(f"arms must be A, B, C and others of {NAMES}, got {self.arms}")
+        given = {k: v for k in ("tokens", "batch_size", "context", "lr", "seeds", "minutes") if (v := getattr(self, k))
+                 is not None}  # fmt: skip
+        for name, value in given.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if parse_phases(self.phases)[-1].patch_size != 1:
+            raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
+
+    def filled(self) -> Budget:
+        """The budget, with what was given in its places."""
+        mine = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Budget)}
+        mine["vocab_size"] = self.data.vocab_size
+        return dataclasses.replace(BUDGETS[self.budget], **{k: v for k, v in mine.items() if v is not None})
+
+
+def experiment(config: ExperimentConfig) -> Path:
+    """Runs what is missing of the experiment, writes its report and returns the folder.
+
+    Raises:
+        ValueError: settings that make no sense, a corpus too small for them, or a folder of another experiment.
+        Stopped: a signal, or ``minutes`` are over; everything is saved, the same call goes on.
+    """
+    began = time.monotonic()
+    budget = config.filled()
+    deadline = began + 60 * budget.minutes
+    choose_device(config.device)
+    PatchLMConfig.preset(budget.model)
+    out = Path(config.out)
+    data = dataclasses.replace(config.data, vocab_size=budget.vocab_size)
+    console = Console()
+    corpus = prepare_aloud(data, console)
+    laboratory = Laboratory(config, budget, data, corpus, out, deadline, console)
+    try:
+        laboratory.work()
+    except Stopped as stopped:
+        laboratory.report(finished=False)
+        why = "out of time" if stopped.code == OUT_OF_TIME else "stopped"
+        console.print(f"{why}: {len(laboratory.results)} runs are finished; the same command goes on", soft_wrap=True)
+        raise
+    laboratory.report(finished=True)
+    console.print(f"written: {out / 'report.md'}, {out / 'results.jsonl'} and figures", soft_wrap=True)
+    return out
+
+
+class Laboratory:
+    """Runs of the experiment, each made once and then remembered in its folder."""
+
+    def __init__(
+        self, config: ExperimentConfig, budget: Budget, data: DataConfig, corpus: Corpus, out: Path, deadline: float,
+        console: Console,
+    ) -> None:  # fmt: skip
+        self.config, self.budget, self.data, self.corpus = config, budget, data, corpus
+        self.out, self.deadline, self.console = out, deadline, console
+        self.arms = arms(config.phases)
+        self.results: list[dict[str, Any]] = []
+        self.lr: float | None = None  # not chosen yet
+        sizes = [p.patch_size for arm in self.arms.values() for p in parse_phases(arm.phases)]
+        self.piece_tokens = budget.context * math.lcm(*sizes)
+        self.tokens = self._tokens()
+        self.settings = self._settings()
+        self.train_config("A", 0, budget.lr, out, budget.minutes)  # raises here, before any work
+        self._claim_folder()
+
+    def work(self) -> None:
+        """The learning rate on A, then seed after seed all arms, then B at the neighbours of A's best rate."""
+        self.lr = lr = self.tune() if self.config.tune else self.budget.lr
+        for seed in range(self.budget.seeds):
+            for name in self.config.arms:
+                self.run(name, seed, lr)
+        if self.config.tune:
+            for neighbour in (lr / 2, 2 * lr):
+                self.run("B", 0, neighbour)
+
+    def tune(self) -> float:
+        """The learning rate at which A ends lowest, between two others where it ends higher."""
+        lr = self.budget.lr
+        losses = {rate: self.end("A", 0, rate) for rate in (lr, lr / 2, 2 * lr)}
+        while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)) and len(losses) < MOST_RATES:
+            beyond = best / 2 if best == min(losses) else best * 2
+            losses[beyond] = self.end("A", 0, beyond)
+        return best
+
+    def end(self, name: str, seed: int, lr: float) -> float:
+        return float(self.run(name, seed, lr).get("validation_loss", math.inf))
+
+    def run(self, name: str, seed: int, lr: float) -> dict[str, Any]:
+        """The result of a run, which is made unless it is there."""
+        folder = self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
+        file = folder / "result.json"
+        if not file.exists():
+            left = (self.deadline - time.monotonic()) / 60
+            if left <= 0:
+                raise Stopped(OUT_OF_TIME)
+            config = self.train_config(name, seed, lr, folder, left)
+            self.console.rule(folder.name)
+            try:
+                train(config)
+                made = self.summary(name, seed, lr, read_log(folder / "log.jsonl"))
+            except NonFiniteError as error:
+                made = {"arm": name, "seed": seed, "lr": lr, "diverged": str(error)}
+            replace_file(file, lambda path: path.write_text(json.dumps(made, indent=1)))
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        result: dict[str, Any] = json.loads(file.read_text())
+        if result not in self.results:
+            self.results.append(result)
+            check_start(self.results, self.corpus.vocab_size)
+        return result
+
+    def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
+        arm, budget, config = self.arms[name], self.budget, self.config
+        return TrainConfig(
+            out=str(folder), model=budget.model, data=self.data, tokens=round(arm.share * self.tokens),
+            phases=arm.phases, batch_size=budget.batch_size, accumulation=config.accumulation, context=budget.context,
+            piece_tokens=self.piece_tokens, lr=lr, warmup=config.warmup, decay=config.decay, bf16=budget.bf16,
+            compile=budget.compile, device=config.device, seed=seed, eval_every=budget.eval_every,
+            eval_rows=budget.eval_rows, save_every=2 * budget.eval_every, keep=1, minutes=minutes,
+            resume=bool(checkpoints(folder / "checkpoints")), **arm.changes,
+        )  # fmt: skip
+
+    def summary(self, name: str, seed: int, lr: float, log: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the report needs of a run's log: nothing of the losses that were trained on, which differ in kind."""
+        keys = ("step", "phase", "patch_size", "raw_tokens", "flops", "seconds", "compile_seconds", "validation_loss",
+                "validation_bits_per_byte", "validation_slot_losses")  # fmt: skip
+        curve = [{k: line[k] for k in keys if k in line} for line in log if "validation_loss" in line]
+        last = curve[-1]
+        return {
+            "arm": name, "seed": seed, "lr": lr, "phases": self.arms[name].phases,
+            **{k: last[k] for k in keys[3:9]}, "steps": last["step"],
+            "raw_tokens_per_second": last["raw_tokens"] / last["seconds"],
+            **{k: log[0][k] for k in ("initial_losses", "initial_slot_losses")}, "curve": curve,
+        }  # fmt: skip
+
+    def report(self, finished: bool) -> None:
+        lines: list[dict[str, Any]] = [{"kind": "experiment", "finished": finished, **self.settings}]
+        for result in self.results:
+            identity = {k: result[k] for k in ("arm", "seed", "lr")}
+            lines.append({"kind": "run", **{k: v for k, v in result.items() if k != "curve"}})
+            lines += [{"kind": "evaluation", **identity, **point} for point in result.get("curve", [])]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        replace_file(self.out / "results.jsonl", lambda path: path.write_text(text))
+        write_report(self.out, self.settings, self.results, self.lr, finished)
+
+    def _tokens(self) -> int:
+        """Raw tokens of A: whole steps of A, B and C, and of what the corpus has."""
+        shares = [Fraction(p.share).limit_denominator(1000) for p in parse_phases(self.config.phases)]
+        quantum = self.budget.batch_size * self.piece_tokens * math.lcm(*(share.denominator for share in shares))
+        there = len(self.corpus.train) // self.piece_tokens * self.piece_tokens
+        asked = int(self.budget.tokens)
+        if self.config.tokens is not None and asked > there:
+            raise ValueError(
+                f"tokens must be at most those of the training text, none is read twice: got {asked:,} of {there:,}"
+            )
+        tokens = min(asked, there) // quantum * quantum
+        if tokens == 0:
+            raise ValueError(
+                f"{min(asked, there):,} tokens are fewer than the {quantum:,} that all arms read in whole steps of "
+                f"{self.budget.batch_size} rows of {self.budget.context} positions: use more text or smaller steps"
+            )
+        return tokens
+
+    def _settings(self) -> dict[str, Any]:
+        device = choose_device(self.config.device)
+        corpus = self.corpus
+        return {
+            "tokens": self.tokens, "piece_tokens": self.piece_tokens, "phases": self.config.phases,
+            "parameters": parameters(self.budget, corpus.vocab_size), "accumulation": self.config.accumulation,
+            "tune": self.config.tune, "warmup": self.config.warmup, "decay": self.config.decay,
+            "budget": dataclasses.asdict(self.budget),
+            "arms": {name: dataclasses.asdict(arm) for name, arm in self.arms.items()},
+            "corpus": {
+                "origin": corpus.origin, "digest": corpus.digest, "documents": corpus.documents,
+                "tokens": {"train": len(corpus.train), "validation": len(corpus.validation)},
+                "bytes_per_token": corpus.bytes_per_token, "vocab_size": corpus.vocab_size,
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "commit": _commit(),
+            "date": datetime.now(timezone.utc).date().isoformat(),
+        }  # fmt: skip
+
+    def _claim_folder(self) -> None:
+        """The folder is this experiment's; more arms, more seeds and another end of the call leave it so."""
+        file = self.out / "experiment.json"
+        free = {"device", "versions", "commit", "date"}
+        mine = json.loads(json.dumps(self.settings))
+        if file.exists():
+            theirs = json.loads(file.read_text())
+            for settings in (mine, theirs):
+                for key in ("seeds", "minutes"):
+                    settings["budget"].pop(key, None)
+            differing = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
+            if differing:
+                changes = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
+                raise ValueError(f"{self.out} holds another experiment ({changes}); choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        replace_file(file, lambda path: path.write_text(json.dumps(self.settings, indent=1)))
+
+
+def parameters(budget: Budget, vocab_size: int) -> int:
+    with torch.device("meta"):
+        model = PatchLM(PatchLMConfig.preset(budget.model, vocab_size=vocab_size))
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_start(results: list[dict[str, Any]], vocab_size: int) -> None:
+    """Before its first step a run's loss is about log V at every patch size and in every slot, and token-level that of
+    all runs of its seed: same weights, same validation text, no target lost.
+
+    Raises:
+        RuntimeError: otherwise; the arms cannot be compared.
+    """
+    expected = math.log(vocab_size)
+    first: dict[int, float] = {}
+    for result in results:
+        if "diverged" in result:
+            continue
+        for size, slots in result["initial_slot_losses"].items():
+            losses = [result["initial_losses"][size], *slots]
+            if any(abs(loss - expected) > SPREAD * expected for loss in losses):
+                raise RuntimeError(
+                    f"arm {result['arm']}, seed {result['seed']}: before the first step the loss at K = {size} and "
+                    f"those of its slots are {losses}, and log V is {expected:.3f}: targets are lost"
+                )
+        start = result["curve"][0]["validation_loss"]
+        if not math.isclose(first.setdefault(result["seed"], start), start, rel_tol=1e-5):
+            raise RuntimeError(
+                f"arm {result['arm']}, seed {result['seed']} starts at validation loss {start}, another of the seed at "
+                f"{first[result['seed']]}: not the same weights or validation text"
+            )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package is run from, if it is one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,380 @@
+"""The experiment: the same data for all arms, what it reports, interruption, and the pitfalls of such comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from patchkernels import experiment as module
+from patchkernels import model as model_module
+from patchkernels.batches import Batches
+from patchkernels.data import DataConfig, Tokens
+from patchkernels.experiment import BUDGETS, NAMES, ExperimentConfig, Laboratory, arms, check_start, experiment
+from patchkernels.experiment_report import compared, rho
+from patchkernels.model import PRESETS, PatchLMConfig
+from patchkernels.schedule import Schedule, parse_phases
+from patchkernels.train import OUT_OF_TIME, NonFiniteError, Run, Stopped
+
+TINY = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
+TIMES = ("seconds", "compile_seconds", "raw_tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(BUDGETS, "cpu", dataclasses.replace(BUDGETS["cpu"], eval_every=5, eval_rows=4))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdef", k=3)) for _ in range(50)]
+    for i in range(40):
+        (root / f"{i}.txt").write_text(" ".join(generator.choices(words, k=150)))
+    return root
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    data = DataConfig(path=str(text), vocab_size=300, validation_fraction=0.1, cache_dir=str(text.parent / "cache"))
+    return ExperimentConfig(
+        out=str(tmp_path / "experiment"), data=data, model="tiny", tokens=1536, batch_size=2, context=16, seeds=2,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """All arms, two seeds, tuned: made once, read by several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        patch.setitem(BUDGETS, "cpu", dataclasses.replace(BUDGETS["cpu"], eval_every=5, eval_rows=4))
+        data = DataConfig(path=str(text), vocab_size=300, validation_fraction=0.1, cache_dir=str(text.parent / "cache"))
+        return experiment(
+            ExperimentConfig(
+                out=str(tmp_path_factory.mktemp("out") / "experiment"), data=data, model="tiny", tokens=1536,
+                batch_size=2, context=16, seeds=2, device="cpu", arms=NAMES,
+            )
+        )  # fmt: skip
+
+
+def lines_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    kinds = ("run", "evaluation")
+    return [{k: v for k, v in line.items() if k not in TIMES} for kind in kinds for line in lines_of(folder, kind)]
+
+
+def chosen_rate(folder: Path) -> float:
+    return next(line["lr"] for line in lines_of(folder, "run") if line["arm"] == "C")
+
+
+# The data
+
+
+@pytest.mark.parametrize("phases", ["4:2/3,1:1/3", "2:1/2,1:1/2", "8:1/4,4:1/4,1:1/2"])
+def test_arms_read_the_same_tokens(phases):
+    """A and B the same ones, each once; C those that A reads first, up to the order within."""
+    context, batch = 8, 2
+    of = arms(phases)
+    piece = context * math.lcm(*(p.patch_size for arm in of.values() for p in parse_phases(arm.phases)))
+    tokens = 12 * piece * batch
+    corpus = Tokens(np.arange(2 * tokens, dtype=np.uint32), np.array([0]))
+    read = {}
+    for name, share in (("A", 1.0), ("B", 1.0), ("C", of["C"].share)):
+        total = round(share * tokens)
+        schedule = Schedule(parse_phases(of[name].phases), total, batch, context, piece_tokens=piece)
+        batches = Batches(corpus, schedule, seed=3)
+        rows = [batches.batch(step)[0].flatten() for step in range(schedule.total_steps)]
+        read[name] = torch.cat(rows).tolist()
+        assert len(set(read[name])) == len(read[name]) == total, "no token twice"
+    assert set(read["A"]) == set(read["B"])
+    assert set(read["C"]) < set(read["A"])
+
+
+def test_costs_of_the_arms():
+    def cost(name: str) -> float:
+        arm = arms("4:2/3,1:1/3")[name]
+        phases = parse_phases(arm.phases, arm.changes.get("shares_of", "data"))
+        return arm.share * sum(p.share / p.patch_size for p in phases)
+
+    found = {name: cost(name) for name in NAMES}
+    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}
+    assert found == pytest.approx(expected)
+
+
+# What comes out
+
+
+def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
+    runs = lines_of(finished, "run")
+    lr = chosen_rate(finished)
+    main = {(run["arm"], run["seed"]): run for run in runs if run["lr"] == lr}
+    assert main.keys() == set(itertools.product(NAMES, (0, 1)))
+    assert {run["lr"] / lr for run in runs if run["arm"] == "B"} == {0.5, 1, 2}, "A's best rate and its neighbours"
+    assert len({run["lr"] for run in runs if run["arm"] == "A"}) >= 3
+    flops = {arm: run["flops"] / main["A", 0]["flops"] for (arm, seed), run in main.items() if seed == 0}
+    assert flops["B"] == flops["C"] == flops["B-reset"] == flops["multi"] == 0.5
+    assert flops["TST"] == pytest.approx(0.32, abs=0.03)
+    tokens = {arm: run["raw_tokens"] for (arm, seed), run in main.items() if seed == 0}
+    assert tokens["A"] == tokens["B"] == tokens["multi"] == 1536
+    assert tokens["C"] == 768
+    for run in main.values():
+        assert run["validation_bits_per_byte"] > 0
+        assert run["raw_tokens_per_second"] == pytest.approx(run["raw_tokens"] / run["seconds"])
+
+
+def test_every_arm_of_a_seed_starts_from_the_same_weights(finished):
+    starts: dict[int, set[float]] = {0: set(), 1: set()}
+    for point in lines_of(finished, "evaluation"):
+        if point["step"] == 0:
+            starts[point["seed"]].add(point["validation_loss"])
+    assert [len(found) for found in starts.values()] == [1, 1]
+    assert starts[0] != starts[1], "seeds differ"
+
+
+def test_the_recovery_is_followed_step_by_step(finished):
+    lr = chosen_rate(finished)
+    points = [e for e in lines_of(finished, "evaluation") if (e["arm"], e["seed"], e["lr"]) == ("B", 0, lr)]
+    assert [p["step"] for p in points] == [0, 5, 8, 9, 10, 12, 15, 16, 20, 24]
+    assert all(len(p["validation_slot_losses"]) == 4 for p in points if p["patch_size"] == 4)
+
+
+def test_report_and_figures(finished):
+    report = (finished / "report.md").read_text()
+    results = [json.loads(file.read_text()) for file in finished.glob("runs/*/result.json")]
+    groups = compared(results, chosen_rate(finished))
+    for arm in ("B", "B-reset", "multi"):
+        values = []
+        for seed in (0, 1):
+            a, b, c = (groups[name][seed]["validation_loss"] for name in ("A", arm, "C"))
+            values.append((c - b) / (c - a))
+        assert rho(groups, arm) == values
+        mean = sum(values) / 2
+        assert (
+            f"ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+            in report
+        )
+    with pytest.raises(ValueError, match="equal compute: TST"):
+        rho(groups, "TST")
+    assert "ρ of TST" not in report
+    for words in ("warmup 5% of a run's steps", "2 rows of 16 positions in every phase", "digest", "Recovery of B",
+                  "| A | 0.00075 ", "held out", "AdamW"):  # fmt: skip
+        assert words in report
+    for name in ("loss.png", "slots.png"):
+        assert f"]({name})" in report
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob("runs/*/checkpoints"))
+
+
+def test_finished_runs_are_not_run_again_and_more_may_be_asked_for(config, monkeypatch):
+    made = []
+    train = module.train
+    monkeypatch.setattr(module, "train", lambda c: (made.append(Path(c.out).name), train(c)))
+    once = dataclasses.replace(config, tune=False, seeds=1)
+    experiment(once)
+    assert [name.split("-lr")[0] for name in made] == ["A-seed0", "B-seed0", "C-seed0"]
+    before = untimed(Path(config.out))
+    made.clear()
+    experiment(once)
+    assert made == []
+    assert untimed(Path(config.out)) == before
+    experiment(dataclasses.replace(once, arms=("A", "B", "C", "multi"), seeds=2))
+    assert [name.split("-lr")[0] for name in made] == ["multi-seed0", "A-seed1", "B-seed1", "C-seed1", "multi-seed1"]
+
+
+def test_interrupted_it_goes_on_as_if_nothing_had_happened(config, tmp_path, monkeypatch):
+    straight = experiment(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    read, count = Batches.batch, itertools.count()
+
+    def batch(self, at):
+        if next(count) in (13, 60, 110, 111):
+            raise KeyboardInterrupt
+        return read(self, at)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    interrupted = 0
+    while True:
+        try:
+            experiment(config)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 4
+    assert untimed(Path(config.out)) == untimed(straight)
+
+
+def test_out_of_time_it_stops_with_a_report_and_goes_on(config, monkeypatch):
+    clock = itertools.count(step=1.5)  # every look at it costs 1.5 s of the minutes
+    with monkeypatch.context() as patch:
+        patch.setattr(module.time, "monotonic", lambda: next(clock))
+        codes = []
+        while True:
+            try:
+                experiment(dataclasses.replace(config, seeds=1, minutes=1.0))
+                break
+            except Stopped as stopped:
+                codes.append(stopped.code)
+            assert "unfinished" in (Path(config.out) / "report.md").read_text()
+            assert not lines_of(Path(config.out), "experiment")[0]["finished"]
+    assert set(codes) == {OUT_OF_TIME} and len(codes) > 2
+    report = (Path(config.out) / "report.md").read_text()
+    assert "unfinished" not in report and "ρ of B" in report
+
+
+# Tuning
+
+
+def test_tuning_goes_on_until_the_best_rate_is_between_two_others(monkeypatch):
+    asked = []
+
+    def tuned(best: float) -> float:
+        laboratory = object.__new__(Laboratory)
+        laboratory.budget = dataclasses.replace(BUDGETS["cpu"], lr=1e-3)
+        asked.clear()
+        monkeypatch.setattr(
+            Laboratory, "end", lambda self, name, seed, lr: (asked.append(lr), abs(math.log(lr / best)))[1]
+        )
+        return laboratory.tune()
+
+    assert tuned(1e-3) == 1e-3
+    assert sorted(asked) == [5e-4, 1e-3, 2e-3]
+    assert tuned(4e-3) == 4e-3
+    assert sorted(asked) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert tuned(2.5e-4) == 2.5e-4
+    assert sorted(asked) == [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]
+    assert tuned(1.0) == 8e-3, "no more than five"
+
+
+def test_a_rate_at_which_a_run_diverges_is_not_chosen(config, monkeypatch):
+    train = module.train
+
+    def diverging(c):
+        if c.lr > BUDGETS["cpu"].lr:
+            Path(c.out).mkdir(parents=True, exist_ok=True)
+            raise NonFiniteError("step 3: loss nan")
+        return train(c)
+
+    monkeypatch.setattr(module, "train", diverging)
+    out = experiment(dataclasses.replace(config, seeds=1))
+    assert chosen_rate(out) <= BUDGETS["cpu"].lr
+    assert "diverged" in (out / "report.md").read_text()
+    assert any("diverged" in run for run in lines_of(out, "run"))
+
+
+# The pitfalls
+
+
+def test_what_was_trained_on_never_enters_the_comparison(config, monkeypatch):
+    """A patch phase's own loss is of another kind: the log is full of a recognisable one, the results hold none."""
+    step = Run.train_step
+    monkeypatch.setattr(Run, "train_step", lambda self, index: step(self, index) | {"loss": 123.456})
+    out = experiment(dataclasses.replace(config, tune=False, seeds=1))
+    assert "123.456" in (out / "runs" / f"B-seed0-lr{BUDGETS['cpu'].lr:.3g}" / "log.jsonl").read_text()
+    assert "123.456" not in (out / "results.jsonl").read_text() + (out / "report.md").read_text()
+
+
+def test_losing_all_but_one_target_is_found(config, monkeypatch):
+    """The loss goes down all the same: only its value at the start tells."""
+    targets = model_module.patch_targets
+
+    def first_alone(labels, patch_size, document_ids):
+        target = targets(labels, patch_size, document_ids)
+        return (
+            target.masked_fill(torch.arange(patch_size, device=target.device) > 0, -100) if patch_size > 1 else target
+        )
+
+    monkeypatch.setattr(model_module, "patch_targets", first_alone)
+    with pytest.raises(RuntimeError, match=r"arm B, seed 0: .* at K = 4 .*targets are lost"):
+        experiment(dataclasses.replace(config, tune=False, seeds=1))
+
+
+def test_a_loss_summed_over_slots_is_found(config, monkeypatch):
+    loss = Run.loss
+
+    def summed(self, ids, labels, documents, patch_size, reduction="mean", compiled=True):
+        value = loss(self, ids, labels, documents, patch_size, reduction, compiled)
+        return value * patch_size if reduction == "mean" else value
+
+    monkeypatch.setattr(Run, "loss", summed)
+    with pytest.raises(RuntimeError, match=r"arm B, seed 0: .* at K = 4 .*targets are lost"):
+        experiment(dataclasses.replace(config, tune=False, seeds=1))
+
+
+def test_arms_that_see_other_validation_tokens_are_found(config, monkeypatch):
+    configure = Laboratory.train_config
+
+    def other(self, name, *args):
+        found = configure(self, name, *args)
+        return dataclasses.replace(found, eval_rows=2) if name == "B" else found
+
+    monkeypatch.setattr(Laboratory, "train_config", other)
+    with pytest.raises(RuntimeError, match=r"arm B, seed 0 starts at .*: not the same weights or validation text"):
+        experiment(dataclasses.replace(config, tune=False, seeds=1))
+
+
+def test_check_start():
+    def run(arm: str, start: float, slots: list[float], seed: int = 0) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "initial_losses": {"4": 5.7}, "initial_slot_losses": {"4": slots},
+                "curve": [{"validation_loss": start}]}  # fmt: skip
+
+    good = [run("A", 5.71, [5.7] * 4), run("B", 5.71, [5.69, 5.7, 5.71, 5.72]), run("A", 5.72, [5.7] * 4, seed=1)]
+    check_start([*good, {"arm": "A", "seed": 0, "diverged": "step 3"}], 300)
+    for bad, words in (
+        (run("B", 5.71, [5.7, 0.0, 0.0, 0.0]), "targets are lost"),
+        (run("B", 5.71, [5.7 / 4] * 4), "targets are lost"),
+        (run("C", 5.712, [5.7] * 4), "not the same weights"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            check_start([*good, bad], 300)
+
+
+# Bad input
+
+
+def test_bad_input(config, tmp_path):
+    for bad, words in (
+        ({"budget": "tpu"}, r"budget must be one of \('cpu', 'gpu'\), got 'tpu'"),
+        ({"arms": ("A", "B", "D")}, "arms must be A, B, C and others of"),
+        ({"arms": ("A", "B")}, "arms must be A, B, C"),
+        ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
+        ({"phases": "4:2"}, "must add up to 1"),
+        ({"seeds": 0}, "seeds must be positive, got 0"),
+        ({"minutes": -1.0}, "minutes must be positive"),
+        ({"tokens": 0.0}, "tokens must be positive"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(config, **bad)
+    for bad, words in (
+        ({"tokens": 1e9}, r"none is read twice: got 1,000,000,000 of \d"),
+        ({"tokens": 700.0}, "700 tokens are fewer than the 768"),
+        ({"model": "9b"}, "'9b'"),
+        ({"device": "gpu"}, "'gpu'"),
+        ({"accumulation": 3}, "accumulation must divide batch_size"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            experiment(dataclasses.replace(config, **{"tokens": 1536.0, **bad, "out": str(tmp_path / "x")}))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_of_another_experiment_is_left_alone(config):
+    once = dataclasses.replace(config, tune=False, seeds=1)
+    out = experiment(once)
+    before = {name: (out / name).read_bytes() for name in ("experiment.json", "results.jsonl", "report.md")}
+    for change in ({"warmup": 0.2}, {"phases": "2:1/2,1:1/2"}, {"tokens": 3072.0}):
+        with pytest.raises(ValueError, match=rf"holds another experiment .*{next(iter(change))}"):
+            experiment(dataclasses.replace(once, **change))
+    assert before == {name: (out / name).read_bytes() for name in before}
