@@ -50,7 +50,7 @@ class DataConfig:
     """A tokenizer.json; None: a byte-level BPE trained on the training documents."""
     vocab_size: int | None = None
     """Of the BPE that is trained; None: 4096, or that of an experiment's budget."""
-    validation_fraction: float = 0.02
+    validation_fraction: float = 0.05
     """Of the documents, chosen by a hash of their file's name, or of their content where they are not files."""
     document_multiple: int = 1
     """Every document is padded with end-of-text to a multiple of this (for packed documents)."""

@@ -62,7 +62,7 @@ class Budget:
 
 BUDGETS = {
     # 1.3M parameters, 2 cores: the six runs of two seeds, two more learning rates of A and two of B
-    "cpu": Budget("demo", 1_474_560, 4096, 8, 128, 1.5e-3, 2, 24.0, False, False, 100, 128),
+    "cpu": Budget("demo", 1_474_560, 4096, 8, 128, 1.5e-3, 2, 24.0, False, False, 60, 128),
     # 42M parameters, one H200; a call ends within 9 minutes, several calls go on with each other
     "gpu": Budget("42m", 100_663_296, 32000, 64, 1024, 2e-3, 3, 8.0, True, True, 100, 128),
 }

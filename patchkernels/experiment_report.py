@@ -39,7 +39,7 @@ def write_report(out: Path, settings: dict[str, Any], results: list[Result], lr:
         "## Settings",
         *_settings(settings, groups, lr),
         "## Learning rate",
-        _rates(results, lr),
+        *_rates(results, lr),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     replace_file(out / "report.md", lambda path: path.write_text(text))
@@ -68,8 +68,8 @@ def rho(groups: dict[str, list[Result]], arm: str) -> list[float]:
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
     """The mean, and from where to where."""
-    mean = f"{sum(values) / len(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+    mean, low, high = (f"{value:{form}}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def table(columns: list[str], rows: Iterable[list[str]]) -> str:
@@ -207,14 +207,18 @@ def _settings(settings: dict[str, Any], groups: dict[str, list[Result]], lr: flo
         yield table(["arm", "phases (K:share)", "otherwise", "steps", "of them warmup"], rows)
 
 
-def _rates(results: list[Result], lr: float | None) -> str:
+def _rates(results: list[Result], lr: float | None) -> Iterable[str]:
     seed = min((result["seed"] for result in results), default=0)
     rows = []
     for arm in ("A", "B"):
         for run in sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: r["lr"]):
             loss = "diverged" if "diverged" in run else f"{run[COMPARED]:.4f}"
             rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
-    return table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
+    yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
+    tried = [r for r in results if r["arm"] == "B" and r["seed"] == seed and "diverged" not in r]
+    if len(tried) > 1:
+        best = min(tried, key=lambda run: float(run[COMPARED]))
+        yield f"The rate was tuned on A. Of those tried for B the best is {best['lr']:.3g}, at {best[COMPARED]:.4f}."
 
 
 def _axes(columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -224,6 +228,14 @@ def _axes(columns: int, width: float, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+
+
+def _name(axis: Any, label: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_formatter(EngFormatter())
+    axis.grid(alpha=0.3)
 
 
 def _save(figure: Any, file: Path) -> None:
@@ -251,8 +263,7 @@ def _draw_loss(file: Path, groups: dict[str, list[Result]]) -> None:
                 if switch and same[0]["step"] == switch["step"]:
                     axis.plot([x[place]], [mean[place]], "o", color=color, markersize=5)
             shown += [value for value, same in zip(mean, points) if same[0]["flops"] > 0.08 * longest]
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
+        _name(axis, label)
     low, high = min(shown), max(shown)
     axes[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes[0].set_ylabel("token-level validation loss")
@@ -279,8 +290,7 @@ def _draw_slots(file: Path, groups: dict[str, list[Result]]) -> None:
                     alpha=1 - 0.8 * slot / size, label=f"K = {size}, slot {slot + 1}",
                 )  # fmt: skip
         axis.set_title(f"{arm}: patch-level losses", fontsize="medium")
-        axis.set_xlabel("raw tokens")
-        axis.grid(alpha=0.3)
+        _name(axis, "raw tokens")
         axis.legend(fontsize="small")
-    axes[0].set_ylabel("validation loss of the slot (not comparable with token-level loss)", fontsize="small")
+    axes[0].set_ylabel("validation loss of the slot\n(not comparable with token-level loss)")
     _save(figure, file)
