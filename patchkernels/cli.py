@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from patchkernels.corpus import CorpusConfig, print_corpus
-from patchkernels.experiment import ExperimentConfig, experiment
+from patchkernels.experiment import experiment
+from patchkernels.experiment_config import ExperimentConfig
 from patchkernels.plan import PlanConfig, print_plan
 from patchkernels.train import NonFiniteError, train
 from patchkernels.train_config import TrainConfig

@@ -12,13 +12,13 @@ code, tokenizer, validation text and context; by seed the same initial weights a
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import platform
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
@@ -29,125 +29,18 @@ from rich.console import Console
 
 from patchkernels.checkpoint import checkpoints
 from patchkernels.data import Corpus, DataConfig
+from patchkernels.experiment_config import Budget, ExperimentConfig, arms
 from patchkernels.experiment_report import write_report
 from patchkernels.metrics import prepare_aloud, read_log
 from patchkernels.model import PatchLM, PatchLMConfig
 from patchkernels.pretrained import replace_file
-from patchkernels.processes import choose_device
+from patchkernels.processes import choose_device, environment
 from patchkernels.schedule import parse_phases
 from patchkernels.train import OUT_OF_TIME, NonFiniteError, Stopped, train
 from patchkernels.train_config import TrainConfig
 
 SPREAD = 0.05  # how far from log V a loss at initialisation may be, relatively
 MOST_RATES = 5  # learning rates that A is tried with
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What an experiment costs."""
-
-    model: str
-    tokens: float  # raw tokens of arm A
-    vocab_size: int
-    batch_size: int
-    context: int
-    lr: float
-    seeds: int
-    minutes: float
-    bf16: bool
-    compile: bool
-    eval_every: int
-    eval_rows: int
-
-
-BUDGETS = {
-    # 1.3M parameters, 2 cores: the six runs of two seeds, two more learning rates of A and two of B
-    "cpu": Budget("demo", 1_474_560, 4096, 8, 128, 1.5e-3, 2, 24.0, False, False, 60, 128),
-    # 42M parameters, one H200; a call ends within 9 minutes, several calls go on with each other
-    "gpu": Budget("42m", 100_663_296, 32000, 64, 1024, 2e-3, 3, 8.0, True, True, 100, 128),
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A training run of the experiment; what it does not say is the same for all."""
-
-    title: str
-    phases: str
-    share: float = 1.0  # of the experiment's raw tokens
-    changes: dict[str, Any] = field(default_factory=dict)
-
-
-def arms(phases: str) -> dict[str, Arm]:
-    """All arms by name; ``phases`` are B's."""
-    cost = sum(phase.share / phase.patch_size for phase in parse_phases(phases))
-    reset = {"optimizer_at_switch": "reset", "lr_scope": "phase"}
-    return {
-        "A": Arm("token-level, all data", "1:1"),
-        "B": Arm("patches, then token-level", phases),
-        "C": Arm("token-level, B's compute", "1:1", share=cost),
-        "B-reset": Arm("B, optimizer and schedule reset at the switch (PatchTrain)", phases, changes=reset),
-        "TST": Arm("K = 8, r = 0.3 of the steps (TST)", "8:0.3,1:0.7", changes={"shares_of": "steps"}),
-        "multi": Arm("K = 8, 4, 2, 1", "8:1/3,4:1/6,2:1/6,1:1/3"),
-    }
-
-
-NAMES = tuple(arms("1:1"))
-
-
-@dataclass
-class ExperimentConfig:
-    """What `patchkernels experiment` is asked. An unfinished experiment goes on when it is called again."""
-
-    out: str = "runs/experiment"
-    """The experiment's folder: runs/, results.jsonl, report.md and its figures."""
-    budget: str = "cpu"
-    """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. What follows replaces parts of it."""
-    arms: tuple[str, ...] = ("A", "B", "C")
-    """Of A, B, C, B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1).
-    More may be asked for later; runs that are finished stay."""
-    phases: str = "4:2/3,1:1/3"
-    """B's patch sizes and shares of the data."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: str | None = None
-    tokens: float | None = None
-    """Raw tokens of arm A, no token twice; cut to what all arms can read in whole steps."""
-    batch_size: int | None = None
-    accumulation: int = 1
-    context: int | None = None
-    lr: float | None = None
-    """Where tuning starts, or the learning rate itself with --no-tune."""
-    tune: bool = True
-    """Tune the learning rate on A, by factors of 2 until the best lies between two; check its neighbours for B."""
-    warmup: float = 0.05
-    """Share of the steps."""
-    decay: float = 0.2
-    """Share of the steps that WSD decays over."""
-    seeds: int | None = None
-    minutes: float | None = None
-    """The call stops, saved, after so long with exit code 75; the same command goes on."""
-    compile: bool | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.budget not in BUDGETS:
-            raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
-        unknown = [name for name in self.arms if name not in NAMES]
-        if unknown or not {"A", "B", "C"} <= set(self.arms):
-            raise ValueError(f"arms must be A, B, C and others of {NAMES}, got {self.arms}")
-        given = {k: v for k in ("tokens", "batch_size", "context", "lr", "seeds", "minutes") if (v := getattr(self, k))
-                 is not None}  # fmt: skip
-        for name, value in given.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if parse_phases(self.phases)[-1].patch_size != 1:
-            raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
-
-    def filled(self) -> Budget:
-        """The budget, with what was given in its places."""
-        mine = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Budget)}
-        mine["vocab_size"] = self.data.vocab_size
-        return dataclasses.replace(BUDGETS[self.budget], **{k: v for k, v in mine.items() if v is not None})
 
 
 def experiment(config: ExperimentConfig) -> Path:
@@ -160,7 +53,8 @@ def experiment(config: ExperimentConfig) -> Path:
     began = time.monotonic()
     budget = config.filled()
     deadline = began + 60 * budget.minutes
-    choose_device(config.device)
+    if environment(choose_device(config.device)).world_size > 1:
+        raise ValueError("the experiment runs in one process: start it without torchrun")
     PatchLMConfig.preset(budget.model)
     out = Path(config.out)
     data = dataclasses.replace(config.data, vocab_size=budget.vocab_size)
@@ -199,14 +93,15 @@ class Laboratory:
         self._claim_folder()
 
     def work(self) -> None:
-        """The learning rate on A, then seed after seed all arms, then B at the neighbours of A's best rate."""
+        """The learning rate on A, then seed after seed all arms, then B and C at the neighbours of A's best rate."""
         self.lr = lr = self.tune() if self.config.tune else self.budget.lr
         for seed in range(self.budget.seeds):
             for name in self.config.arms:
                 self.run(name, seed, lr)
         if self.config.tune:
-            for neighbour in (lr / 2, 2 * lr):
-                self.run("B", 0, neighbour)
+            for name in ("B", "C"):
+                for neighbour in (lr / 2, 2 * lr):
+                    self.run(name, 0, neighbour)
 
     def tune(self) -> float:
         """The learning rate at which A ends lowest, between two others where it ends higher."""
@@ -215,6 +110,8 @@ class Laboratory:
         while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)) and len(losses) < MOST_RATES:
             beyond = best / 2 if best == min(losses) else best * 2
             losses[beyond] = self.end("A", 0, beyond)
+        if losses[best] == math.inf:
+            raise NonFiniteError(f"A diverged at every learning rate that was tried: {sorted(losses)}")
         return best
 
     def end(self, name: str, seed: int, lr: float) -> float:
@@ -245,11 +142,13 @@ class Laboratory:
 
     def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
         arm, budget, config = self.arms[name], self.budget, self.config
+        phases = parse_phases(arm.phases, arm.changes.get("shares_of", "data"))
+        cost = arm.share * sum(phase.share / phase.patch_size for phase in phases)  # its steps over those of A
         return TrainConfig(
             out=str(folder), model=budget.model, data=self.data, tokens=round(arm.share * self.tokens),
             phases=arm.phases, batch_size=budget.batch_size, accumulation=config.accumulation, context=budget.context,
-            piece_tokens=self.piece_tokens, lr=lr, warmup=config.warmup, decay=config.decay, bf16=budget.bf16,
-            compile=budget.compile, device=config.device, seed=seed, eval_every=budget.eval_every,
+            piece_tokens=self.piece_tokens, lr=lr, warmup=min(config.warmup / cost, 0.5), decay=config.decay,
+            bf16=budget.bf16, compile=budget.compile, device=config.device, seed=seed, eval_every=budget.eval_every,
             eval_rows=budget.eval_rows, save_every=2 * budget.eval_every, keep=1, minutes=minutes,
             resume=bool(checkpoints(folder / "checkpoints")), **arm.changes,
         )  # fmt: skip
@@ -310,7 +209,7 @@ class Laboratory:
                 "bytes_per_token": corpus.bytes_per_token, "vocab_size": corpus.vocab_size,
             },
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"patchkernels": _version(), "torch": torch.__version__, "python": platform.python_version()},
             "commit": _commit(),
             "date": datetime.now(timezone.utc).date().isoformat(),
         }  # fmt: skip
@@ -318,7 +217,7 @@ class Laboratory:
     def _claim_folder(self) -> None:
         """The folder is this experiment's; more arms, more seeds and another end of the call leave it so."""
         file = self.out / "experiment.json"
-        free = {"device", "versions", "commit", "date"}
+        free = {"commit", "date"}
         mine = json.loads(json.dumps(self.settings))
         if file.exists():
             theirs = json.loads(file.read_text())
@@ -329,6 +228,8 @@ class Laboratory:
             if differing:
                 changes = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
                 raise ValueError(f"{self.out} holds another experiment ({changes}); choose another --out")
+            commits = [*(theirs["commit"] or "").split(", "), mine["commit"] or ""]
+            self.settings["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
         self.out.mkdir(parents=True, exist_ok=True)
         replace_file(file, lambda path: path.write_text(json.dumps(self.settings, indent=1)))
 
@@ -373,6 +274,13 @@ def _processor() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("patchkernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # PYTHONPATH=.
 
 
 def _commit() -> str | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from patchkernels.pretrained import replace_file
-from patchkernels.schedule import LearningRate
 
 Result = dict[str, Any]
 COMPARED = "validation_loss"  # token-level in every phase
@@ -34,6 +33,7 @@ def write_report(out: Path, settings: dict[str, Any], results: list[Result], lr:
         _said(settings, results, finished),
         "## Outcome",
         *_outcome(settings, groups),
+        _diverged(results, lr),
         *figures,
         *_recovery(groups),
         "## Settings",
@@ -130,6 +130,11 @@ def _outcome(settings: dict[str, Any], groups: dict[str, list[Result]]) -> Itera
         )  # fmt: skip
 
 
+def _diverged(results: list[Result], lr: float | None) -> str:
+    lost = [f"{r['arm']} of seed {r['seed']}" for r in results if r["lr"] == lr and "diverged" in r]
+    return f"Diverged, and left out above: {', '.join(lost)}." if lost else ""
+
+
 def _verdict(groups: dict[str, list[Result]]) -> str:
     """B against the others, in words; by the mean, with whether every seed agrees."""
     ends = {arm: {run["seed"]: run[COMPARED] for run in groups[arm]} for arm in ("A", "B", "C")}
@@ -186,39 +191,52 @@ def _settings(settings: dict[str, Any], groups: dict[str, list[Result]], lr: flo
         f"A step is {budget['batch_size']} rows of {budget['context']} positions in every phase: a patch step has the "
         "FLOPs of a token-level step and reads K times the raw tokens. Validation: "
         f"{budget['eval_rows']} rows of {budget['context']} tokens. AdamW (0.9, 0.95), weight decay 0.1, clip 1.0; "
-        f"warmup {settings['warmup']:.0%} of a run's steps, constant, then linear to 0 over the last "
-        f"{settings['decay']:.0%} (WSD), over the whole run unless an arm says otherwise; "
+        f"warmup over {_warmup(settings)} steps ({settings['warmup']:.0%} of A's) in every arm, constant, then linear "
+        f"to 0 over the last {settings['decay']:.0%} of a run's steps (WSD); "
         f"{'bf16 autocast' if budget['bf16'] else 'fp32'}{', compiled' if budget['compile'] else ''}. "
         "Seconds are those of training steps; compiling, evaluation and saving are left out."
     )
     yield (
         f"All arms read pieces of {settings['piece_tokens']:,} tokens in the seed's order; A and B read "
-        f"{settings['tokens']:,} raw tokens, no token twice, and C the first of them."
+        f"{settings['tokens']:,} raw tokens, no token twice, and C the first of them. C's schedule, with its decay, "
+        "ends where its compute does."
     )
     if groups and lr is not None:
         rows = []
         for arm, runs in groups.items():
             what, steps = settings["arms"][arm], runs[0]["steps"]
             changes = what["changes"]
-            rate = LearningRate(lr, settings["warmup"], settings["decay"], scope=changes.get("lr_scope", "run"))
-            warmup = f"{round(rate.warmup * steps)}" if rate.scope == "run" else "anew in each phase"
             others = ", ".join(f"{k} = {v}" for k, v in changes.items())
-            rows.append([arm, what["phases"], others, f"{steps:,}", warmup])
+            share = "anew in each phase, in all " if "lr_scope" in changes else ""
+            rows.append([arm, what["phases"], others, f"{steps:,}", f"{share}{_warmup(settings)}"])
         yield table(["arm", "phases (K:share)", "otherwise", "steps", "of them warmup"], rows)
+
+
+def _warmup(settings: dict[str, Any]) -> int:
+    """Steps."""
+    steps: float = settings["tokens"] / (settings["budget"]["batch_size"] * settings["budget"]["context"])
+    return round(float(settings["warmup"]) * steps)
 
 
 def _rates(results: list[Result], lr: float | None) -> Iterable[str]:
     seed = min((result["seed"] for result in results), default=0)
     rows = []
-    for arm in ("A", "B"):
-        for run in sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: r["lr"]):
+    best: dict[str, Result] = {}
+    for arm in ("A", "B", "C"):
+        tried = sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: float(r["lr"]))
+        ended = [run for run in tried if "diverged" not in run]
+        if ended:
+            best[arm] = min(ended, key=lambda run: float(run[COMPARED]))
+        for run in tried:
             loss = "diverged" if "diverged" in run else f"{run[COMPARED]:.4f}"
             rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
     yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
-    tried = [r for r in results if r["arm"] == "B" and r["seed"] == seed and "diverged" not in r]
-    if len(tried) > 1:
-        best = min(tried, key=lambda run: float(run[COMPARED]))
-        yield f"The rate was tuned on A. Of those tried for B the best is {best['lr']:.3g}, at {best[COMPARED]:.4f}."
+    if len(rows) > 3 and {"A", "B", "C"} <= set(best):
+        a, b, c = (best[arm][COMPARED] for arm in "ABC")
+        yield (
+            f"The rate was tuned on A. With each arm at the best of its own rates (seed {seed}) the losses are "
+            f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {(c - b) / (c - a):.3f}."
+        )
 
 
 def _axes(columns: int, width: float, height: float) -> tuple[Any, Any]:

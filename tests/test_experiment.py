@@ -18,7 +18,8 @@ from patchkernels import experiment as module
 from patchkernels import model as model_module
 from patchkernels.batches import Batches
 from patchkernels.data import DataConfig, Tokens
-from patchkernels.experiment import BUDGETS, NAMES, ExperimentConfig, Laboratory, arms, check_start, experiment
+from patchkernels.experiment import Laboratory, check_start, experiment
+from patchkernels.experiment_config import BUDGETS, NAMES, ExperimentConfig, arms
 from patchkernels.experiment_report import compared, rho
 from patchkernels.model import PRESETS, PatchLMConfig
 from patchkernels.schedule import Schedule, parse_phases
@@ -119,12 +120,22 @@ def test_costs_of_the_arms():
 # What comes out
 
 
+def test_all_arms_warm_up_over_as_many_steps(finished):
+    """A has 48 steps, the others here half as many."""
+    steps = {"A": 48, "B": 24, "C": 24, "multi": 24}
+    for arm, count in steps.items():
+        run = finished / "runs" / f"{arm}-seed0-lr{chosen_rate(finished):.3g}"
+        config = json.loads((run / "config.json").read_text())
+        assert round(config["warmup"] * count) == 2
+
+
 def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
     runs = lines_of(finished, "run")
     lr = chosen_rate(finished)
     main = {(run["arm"], run["seed"]): run for run in runs if run["lr"] == lr}
     assert main.keys() == set(itertools.product(NAMES, (0, 1)))
-    assert {run["lr"] / lr for run in runs if run["arm"] == "B"} == {0.5, 1, 2}, "A's best rate and its neighbours"
+    for arm in ("B", "C"):
+        assert {run["lr"] / lr for run in runs if run["arm"] == arm} == {0.5, 1, 2}, "A's best rate and its neighbours"
     assert len({run["lr"] for run in runs if run["arm"] == "A"}) >= 3
     flops = {arm: run["flops"] / main["A", 0]["flops"] for (arm, seed), run in main.items() if seed == 0}
     assert flops["B"] == flops["C"] == flops["B-reset"] == flops["multi"] == 0.5
@@ -171,8 +182,10 @@ def test_report_and_figures(finished):
     with pytest.raises(ValueError, match="equal compute: TST"):
         rho(groups, "TST")
     assert "ρ of TST" not in report
-    for words in ("warmup 5% of a run's steps", "2 rows of 16 positions in every phase", "digest", "Recovery of B",
-                  "| A | 0.00075 ", "held out", "AdamW"):  # fmt: skip
+    for words in (
+        "warmup over 2 steps (5% of A's) in every arm", "best of its own rates", "digest", "Recovery of B", "held out",
+        "2 rows of 16 positions in every phase", "| A | 0.0015 ", "AdamW",
+    ):  # fmt: skip
         assert words in report
     for name in ("loss.png", "slots.png"):
         assert f"]({name})" in report
@@ -275,6 +288,24 @@ def test_a_rate_at_which_a_run_diverges_is_not_chosen(config, monkeypatch):
     assert any("diverged" in run for run in lines_of(out, "run"))
 
 
+def test_an_arm_that_diverges_at_the_chosen_rate_is_said_to(config, monkeypatch):
+    train = module.train
+
+    def diverging(c):
+        if Path(c.out).name.startswith("B-seed1"):
+            raise NonFiniteError("step 3: loss nan")
+        return train(c)
+
+    monkeypatch.setattr(module, "train", diverging)
+    (Path(config.out) / "runs" / f"B-seed1-lr{BUDGETS['cpu'].lr:.3g}").mkdir(parents=True)
+    out = experiment(dataclasses.replace(config, tune=False))
+    report = (out / "report.md").read_text()
+    assert "left out above: B of seed 1" in report and "ρ of B" in report
+    monkeypatch.setattr(Laboratory, "end", lambda *_: math.inf)
+    with pytest.raises(NonFiniteError, match="A diverged at every learning rate"):
+        experiment(dataclasses.replace(config, out=config.out + "-2"))
+
+
 # The pitfalls
 
 
@@ -368,6 +399,14 @@ def test_bad_input(config, tmp_path):
         with pytest.raises(ValueError, match=words):
             experiment(dataclasses.replace(config, **{"tokens": 1536.0, **bad, "out": str(tmp_path / "x")}))
     assert not (tmp_path / "x").exists()
+
+
+def test_not_under_torchrun(config, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="runs in one process"):
+        experiment(config)
+    assert not Path(config.out).exists()
 
 
 def test_a_folder_of_another_experiment_is_left_alone(config):

@@ -1,0 +1,5 @@
+"""``python -m patchkernels`` is ``patchkernels``."""
+
+from patchkernels.cli import main
+
+main()
