@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The experiment on one GPU, also without network: three seeds of A, B, C at 42M parameters, then one seed at 124M.
 #   bench/experiment_gpu.sh CORPUS FOLDER [options of `patchkernels experiment`]
-# CORPUS is a file that `patchkernels corpus` or bench/linux_corpus.sh made (330 MB of kernel source: 100M tokens). A call
+# CORPUS is a file that `patchkernels corpus` or bench/linux_corpus.sh made (330 MB of kernel source: 110M tokens). A call
 # ends within 9 minutes ($MINUTES + 1), with exit code 75 as long as there is more to do: call it again with the same words.
 # FOLDER/42m and FOLDER/124m hold report.md, results.jsonl and figures.
 set -euo pipefail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +107,8 @@ class ExperimentConfig:
         given = {k: v for k in ("tokens", "batch_size", "context", "lr", "seeds", "minutes") if (v := getattr(self, k))
                  is not None}  # fmt: skip
         for name, value in given.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         if parse_phases(self.phases)[-1].patch_size != 1:
             raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
 

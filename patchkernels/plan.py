@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,8 @@ class PlanConfig:
 
 def plan(config: PlanConfig) -> dict[str, Any]:
     """The figures of the table that ``patchkernels plan`` prints. ``ValueError`` on nonsense."""
+    if not 0 < config.tokens < math.inf:
+        raise ValueError(f"tokens must be positive and finite, got {config.tokens}")
     if config.tflops <= 0 or config.gpus < 1 or config.rows_per_gpu < 1:
         raise ValueError(
             f"tflops, gpus and rows_per_gpu must be positive, got {config.tflops}, {config.gpus}, {config.rows_per_gpu}"

@@ -148,8 +148,8 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.shape not in DECAYS or self.scope not in SCOPES:
             raise ValueError(f"expected one of {DECAYS} over one of {SCOPES}, got {self.shape!r} over {self.scope!r}")
-        if not (self.peak > 0 and 0 <= self.warmup < 1 and 0 <= self.decay <= 1):
-            raise ValueError(f"expected lr > 0, warmup in [0, 1), decay in [0, 1], got {self}")
+        if not (0 < self.peak < math.inf and 0 <= self.warmup < 1 and 0 <= self.decay <= 1):
+            raise ValueError(f"expected a finite lr > 0, warmup in [0, 1), decay in [0, 1], got {self}")
 
     def at(self, step: int, schedule: Schedule) -> float:
         total = schedule.total_steps

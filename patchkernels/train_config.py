@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,8 @@ class TrainConfig:
             raise ValueError(f"optimizer_at_switch must be 'carry' or 'reset', got {self.optimizer_at_switch!r}")
         if self.parallel not in PARALLELS:
             raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
+        if self.tokens is not None and not 0 < self.tokens < math.inf:
+            raise ValueError(f"tokens must be positive and finite, got {self.tokens}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
         if not self.clip > 0:

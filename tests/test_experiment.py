@@ -383,9 +383,11 @@ def test_bad_input(config, tmp_path):
         ({"arms": ("A", "B")}, "arms must be A, B, C"),
         ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
         ({"phases": "4:2"}, "must add up to 1"),
-        ({"seeds": 0}, "seeds must be positive, got 0"),
+        ({"seeds": 0}, "seeds must be positive and finite, got 0"),
         ({"minutes": -1.0}, "minutes must be positive"),
         ({"tokens": 0.0}, "tokens must be positive"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(config, **bad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +109,6 @@ def test_nonsense_schedules(changes, message):
 
 
 def test_nonsense_learning_rates():
-    for bad in ({"peak": 0.0}, {"warmup": 1.0}, {"shape": "step"}, {"scope": "day"}):
+    for bad in ({"peak": 0.0}, {"peak": math.inf}, {"warmup": 1.0}, {"shape": "step"}, {"scope": "day"}):
         with pytest.raises(ValueError, match="expected"):
             LearningRate(**{"peak": 1.0, "warmup": 0.1, **bad})

@@ -335,6 +335,8 @@ def test_bad_input(config, tmp_path, monkeypatch):
         {"optimizer_at_switch": "keep"},
         {"clip": 0.0},
         {"minutes": 0.0},
+        {"tokens": math.nan},
+        {"tokens": math.inf},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             dataclasses.replace(config, **{"batch_size": 2, **bad})
@@ -403,6 +405,8 @@ def test_plan():
     assert result["memory_bytes"]["parameters"] == pytest.approx(4 * 123.6e6, rel=0.01)
     with pytest.raises(ValueError, match="tflops"):
         plan(PlanConfig(tflops=0))
+    with pytest.raises(ValueError, match="tokens must be positive and finite, got inf"):
+        plan(PlanConfig(tokens=math.inf))
 
 
 def test_the_memory_table_of_the_page_is_that_of_the_formula():
