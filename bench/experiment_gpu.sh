@@ -12,9 +12,10 @@ shift 2
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONUNBUFFERED=1
 
-# The minutes that are left of this call are given to what is run next.
+# The minutes that are left of this call are given to what is run next; with none left, the next call begins with it.
 experiment() {
-	left=$(awk -v all="${MINUTES:-8}" -v spent="$SECONDS" 'BEGIN { left = all - spent / 60; print (left > 0.01 ? left : 0.01) }')
+	left=$(awk -v all="${MINUTES:-8}" -v spent="$SECONDS" 'BEGIN { print all - spent / 60 }')
+	awk -v left="$left" 'BEGIN { exit (left > 0) }' && exit 75
 	"${PYTHON:-python3}" -m patchkernels experiment --budget gpu --minutes "$left" \
 		--data.path "$corpus" --data.cache-dir "$folder/cache" "$@"
 }

@@ -39,9 +39,9 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     path: str | None = None
-    """A text file (its paragraphs are documents), a folder of text files (one a document), a .jsonl or .parquet file
-    or a folder of them, or a dataset's name on the Hugging Face hub. None: the source text of the running Python's
-    standard library."""
+    """A text file (its paragraphs are documents), a folder of text files (one a document; hidden ones are skipped), a
+    .jsonl or .parquet file or a folder that has them, or a dataset's name on the Hugging Face hub. None: the source
+    text of the running Python's standard library."""
     text_field: str = "text"
     """The column of JSONL, Parquet and hub datasets that holds the text; one named "path" tells files apart."""
     endings: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
     folder = root / digest
     if folder.exists():
         try:
-            return _open(folder, digest)
+            return _open(folder, digest, source.origin)
         except (OSError, ValueError, KeyError) as error:
             logger.warning("the token cache %s is damaged (%s); making it anew", folder, error)
             shutil.rmtree(folder)
@@ -137,7 +137,7 @@ def prepare(config: DataConfig, progress: Progress = _quiet) -> Corpus:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _open(folder, digest)
+    return _open(folder, digest, source.origin)
 
 
 def _held_out(key: bytes, fraction: float) -> bool:
@@ -248,7 +248,6 @@ def _write(folder: Path, config: DataConfig, source: Source, progress: Progress)
         "vocab_size": vocab_size,
         "end_of_text": end_of_text,
         "bytes_per_token": validation_bytes / counts["validation"],
-        "origin": source.origin,
         "documents": {"train": total - len(held_out), "validation": len(held_out)},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -266,7 +265,7 @@ def _batches(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         yield first, batch
 
 
-def _open(folder: Path, digest: str) -> Corpus:
+def _open(folder: Path, digest: str, origin: str) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     streams = {}
     for name in ("train", "validation"):
@@ -283,7 +282,7 @@ def _open(folder: Path, digest: str) -> Corpus:
         vocab_size=meta["vocab_size"],
         end_of_text=end_of_text,
         bytes_per_token=meta["bytes_per_token"],
-        origin=meta["origin"],
+        origin=origin,
         documents=meta["documents"],
         digest=digest,
     )

@@ -6,7 +6,7 @@
     ρ = (L_C - L_B) / (L_C - L_A)         1: as good as A at a fraction of its compute; 0: no better than C
 
 L is token-level validation loss. Every arm is one call of :func:`patchkernels.train.train`: the same model and loss
-code, tokenizer, validation text and context; by seed the same initial weights and the same order of the data.
+code, tokenizer, validation text and context; by seed the same initial weights and, of the text, the same pieces.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from patchkernels.batches import validation_rows
 from patchkernels.checkpoint import checkpoints
 from patchkernels.data import Corpus, DataConfig
-from patchkernels.experiment_config import Budget, ExperimentConfig, arms
+from patchkernels.experiment_config import NAMES, Budget, ExperimentConfig, arms
 from patchkernels.experiment_report import write_report
 from patchkernels.metrics import prepare_aloud, read_log
 from patchkernels.model import PatchLM, PatchLMConfig
@@ -39,7 +40,6 @@ from patchkernels.schedule import parse_phases
 from patchkernels.train import OUT_OF_TIME, NonFiniteError, Stopped, train
 from patchkernels.train_config import TrainConfig
 
-SPREAD = 0.05  # how far from log V a loss at initialisation may be, relatively
 MOST_RATES = 5  # learning rates that A is tried with
 
 
@@ -48,6 +48,8 @@ def experiment(config: ExperimentConfig) -> Path:
 
     Raises:
         ValueError: settings that make no sense, a corpus too small for them, or a folder of another experiment.
+        RuntimeError: before its first step a run's loss is not log V, or not that of the other runs of its seed.
+        NonFiniteError: A diverged at every learning rate.
         Stopped: a signal, or ``minutes`` are over; everything is saved, the same call goes on.
     """
     began = time.monotonic()
@@ -63,6 +65,9 @@ def experiment(config: ExperimentConfig) -> Path:
     laboratory = Laboratory(config, budget, data, corpus, out, deadline, console)
     try:
         laboratory.work()
+    except NonFiniteError:
+        laboratory.report(finished=False)
+        raise
     except Stopped as stopped:
         laboratory.report(finished=False)
         why = "out of time" if stopped.code == OUT_OF_TIME else "stopped"
@@ -83,14 +88,20 @@ class Laboratory:
         self.config, self.budget, self.data, self.corpus = config, budget, data, corpus
         self.out, self.deadline, self.console = out, deadline, console
         self.arms = arms(config.phases)
-        self.results: list[dict[str, Any]] = []
+        self.results: dict[Path, dict[str, Any]] = {}  # by the run's folder
         self.lr: float | None = None  # not chosen yet
         sizes = [p.patch_size for arm in self.arms.values() for p in parse_phases(arm.phases)]
         self.piece_tokens = budget.context * math.lcm(*sizes)
         self.tokens = self._tokens()
         self.settings = self._settings()
-        self.train_config("A", 0, budget.lr, out, budget.minutes)  # raises here, before any work
+        for name in config.arms:  # each raises here, before any work, if it cannot be had
+            arm = self.train_config(name, 0, budget.lr, out / "runs", budget.minutes)
+            arm.schedule(self.tokens)
+            arm.learning_rate()
+        validation_rows(corpus.validation, budget.context, budget.eval_rows)
         self._claim_folder()
+        for file in (out / "runs").glob("*/result.json"):
+            self.results[file.parent] = _read_json(file, {"arm", "seed", "lr"})
 
     def work(self) -> None:
         """The learning rate on A, then seed after seed all arms, then B and C at the neighbours of A's best rate."""
@@ -120,8 +131,7 @@ class Laboratory:
     def run(self, name: str, seed: int, lr: float) -> dict[str, Any]:
         """The result of a run, which is made unless it is there."""
         folder = self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
-        file = folder / "result.json"
-        if not file.exists():
+        if folder not in self.results:
             left = (self.deadline - time.monotonic()) / 60
             if left <= 0:
                 raise Stopped(OUT_OF_TIME)
@@ -130,24 +140,28 @@ class Laboratory:
             try:
                 train(config)
                 made = self.summary(name, seed, lr, read_log(folder / "log.jsonl"))
+                check_start(made, list(self.results.values()), folder)
             except NonFiniteError as error:
                 made = {"arm": name, "seed": seed, "lr": lr, "diverged": str(error)}
-            replace_file(file, lambda path: path.write_text(json.dumps(made, indent=1)))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        result: dict[str, Any] = json.loads(file.read_text())
-        if result not in self.results:
-            self.results.append(result)
-            check_start(self.results, self.corpus.vocab_size)
-        return result
+            replace_file(folder / "result.json", lambda path: path.write_text(json.dumps(made, indent=1)))
+            self.results[folder] = made
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return self.results[folder]
 
     def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
         arm, budget, config = self.arms[name], self.budget, self.config
         phases = parse_phases(arm.phases, arm.changes.get("shares_of", "data"))
         cost = arm.share * sum(phase.share / phase.patch_size for phase in phases)  # its steps over those of A
+        warmup = config.warmup / cost
+        if not 0 <= warmup <= 1 - config.decay:
+            raise ValueError(
+                f"{name} cannot warm up over {config.warmup:g} of A's steps, {warmup:g} of its own, and decay over the "
+                f"last {config.decay:g}: use a smaller warmup"
+            )
         return TrainConfig(
             out=str(folder), model=budget.model, data=self.data, tokens=round(arm.share * self.tokens),
             phases=arm.phases, batch_size=budget.batch_size, accumulation=config.accumulation, context=budget.context,
-            piece_tokens=self.piece_tokens, lr=lr, warmup=min(config.warmup / cost, 0.5), decay=config.decay,
+            piece_tokens=self.piece_tokens, lr=lr, warmup=warmup, decay=config.decay,
             bf16=budget.bf16, compile=budget.compile, device=config.device, seed=seed, eval_every=budget.eval_every,
             eval_rows=budget.eval_rows, save_every=2 * budget.eval_every, keep=1, minutes=minutes,
             resume=bool(checkpoints(folder / "checkpoints")), **arm.changes,
@@ -168,17 +182,19 @@ class Laboratory:
 
     def report(self, finished: bool) -> None:
         lines: list[dict[str, Any]] = [{"kind": "experiment", "finished": finished, **self.settings}]
-        for result in self.results:
+        results = sorted(self.results.values(), key=lambda r: (NAMES.index(r["arm"]), r["seed"], r["lr"]))
+        for result in results:
             identity = {k: result[k] for k in ("arm", "seed", "lr")}
             lines.append({"kind": "run", **{k: v for k, v in result.items() if k != "curve"}})
             lines += [{"kind": "evaluation", **identity, **point} for point in result.get("curve", [])]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         replace_file(self.out / "results.jsonl", lambda path: path.write_text(text))
-        write_report(self.out, self.settings, self.results, self.lr, finished)
+        write_report(self.out, self.settings, results, self.lr, finished)
 
     def _tokens(self) -> int:
         """Raw tokens of A: whole steps of A, B and C, and of what the corpus has."""
-        shares = [Fraction(p.share).limit_denominator(1000) for p in parse_phases(self.config.phases)]
+        # 0.667 is meant as 2/3: where a share is not quite a fraction, phases end within a step of it
+        shares = [Fraction(p.share).limit_denominator(24) for p in parse_phases(self.config.phases)]
         quantum = self.budget.batch_size * self.piece_tokens * math.lcm(*(share.denominator for share in shares))
         there = len(self.corpus.train) // self.piece_tokens * self.piece_tokens
         asked = int(self.budget.tokens)
@@ -192,6 +208,8 @@ class Laboratory:
                 f"{min(asked, there):,} tokens are fewer than the {quantum:,} that all arms read in whole steps of "
                 f"{self.budget.batch_size} rows of {self.budget.context} positions: use more text or smaller steps"
             )
+        if tokens < asked:
+            self.console.print(f"A reads {tokens:,} tokens instead of {asked:,}: whole steps of text that is there")
         return tokens
 
     def _settings(self) -> dict[str, Any]:
@@ -220,10 +238,10 @@ class Laboratory:
         free = {"commit", "date"}
         mine = json.loads(json.dumps(self.settings))
         if file.exists():
-            theirs = json.loads(file.read_text())
+            theirs = _read_json(file, set(mine))
             for settings in (mine, theirs):
-                for key in ("seeds", "minutes"):
-                    settings["budget"].pop(key, None)
+                for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
+                    settings[part].pop(key, None)
             differing = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
             if differing:
                 changes = "; ".join(f"{k}: {theirs.get(k)} there, {mine[k]} here" for k in differing)
@@ -240,31 +258,31 @@ def parameters(budget: Budget, vocab_size: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def check_start(results: list[dict[str, Any]], vocab_size: int) -> None:
-    """Before its first step a run's loss is about log V at every patch size and in every slot, and token-level that of
-    all runs of its seed: same weights, same validation text, no target lost.
+def check_start(made: dict[str, Any], others: list[dict[str, Any]], folder: Path) -> None:
+    """A run's token-level loss before its first step is that of all runs of its seed.
 
     Raises:
         RuntimeError: otherwise; the arms cannot be compared.
     """
-    expected = math.log(vocab_size)
-    first: dict[int, float] = {}
-    for result in results:
-        if "diverged" in result:
-            continue
-        for size, slots in result["initial_slot_losses"].items():
-            losses = [result["initial_losses"][size], *slots]
-            if any(abs(loss - expected) > SPREAD * expected for loss in losses):
+    start = made["curve"][0]["validation_loss"]
+    for other in others:
+        if other["seed"] == made["seed"] and "diverged" not in other:
+            first = other["curve"][0]["validation_loss"]
+            if not math.isclose(first, start, rel_tol=1e-5):
                 raise RuntimeError(
-                    f"arm {result['arm']}, seed {result['seed']}: before the first step the loss at K = {size} and "
-                    f"those of its slots are {losses}, and log V is {expected:.3f}: targets are lost"
+                    f"arm {made['arm']}, seed {made['seed']} starts at validation loss {start}, {other['arm']} of the "
+                    f"same seed at {first}: not the same weights or validation text. Remove {folder} once it is mended"
                 )
-        start = result["curve"][0]["validation_loss"]
-        if not math.isclose(first.setdefault(result["seed"], start), start, rel_tol=1e-5):
-            raise RuntimeError(
-                f"arm {result['arm']}, seed {result['seed']} starts at validation loss {start}, another of the seed at "
-                f"{first[result['seed']]}: not the same weights or validation text"
-            )
+
+
+def _read_json(file: Path, keys: set[str]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if not (isinstance(found, dict) and keys <= found.keys()):
+            raise ValueError(f"without {', '.join(sorted(keys))}")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and what it held is made again") from error
+    return found
 
 
 def _processor() -> str:
@@ -286,8 +304,13 @@ def _version() -> str:
 
 def _commit() -> str | None:
     """Of the checkout that this package is run from, if it is one."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not merely installed below some repository
+        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

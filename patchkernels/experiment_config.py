@@ -111,6 +111,11 @@ class ExperimentConfig:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if parse_phases(self.phases)[-1].patch_size != 1:
             raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
+        largest = max(p.patch_size for name in self.arms for p in parse_phases(arms(self.phases)[name].phases))
+        if largest == 1:
+            raise ValueError(f"B needs a phase of patches, as in '4:2/3,1:1/3'; got {self.phases!r}")
+        if self.filled().context < 2 * largest:
+            raise ValueError(f"context must be at least two patches of {largest}, got {self.filled().context}")
 
     def filled(self) -> Budget:
         """The budget, with what was given in its places."""

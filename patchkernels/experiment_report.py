@@ -54,16 +54,25 @@ def compared(results: list[Result], lr: float | None) -> dict[str, list[Result]]
     return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in groups.items()}
 
 
-def rho(groups: dict[str, list[Result]], arm: str) -> list[float]:
-    """``(L_C - L_arm) / (L_C - L_A)`` by seed, where all three are. ``ValueError`` unless the arm has C's compute."""
+def rho(groups: dict[str, list[Result]], arm: str) -> dict[int, float | None]:
+    """``(L_C - L_arm) / (L_C - L_A)`` by seed, where all three are; None where A is no better than C.
+
+    Raises:
+        ValueError: the arm does not have C's compute.
+    """
     runs = [{run["seed"]: run for run in groups.get(name, [])} for name in ("A", "C", arm)]
-    found = []
+    found = {}
     for seed in sorted(set(runs[0]) & set(runs[1]) & set(runs[2])):
         a, c, b = (by_seed[seed] for by_seed in runs)
         if abs(b["flops"] / c["flops"] - 1) > SAME_COST:
             raise ValueError(f"ρ is defined at equal compute: {arm} took {b['flops']:.3e} FLOPs, C {c['flops']:.3e}")
-        found.append((c[COMPARED] - b[COMPARED]) / (c[COMPARED] - a[COMPARED]))
+        found[seed] = recovered(a[COMPARED], b[COMPARED], c[COMPARED])
     return found
+
+
+def recovered(a: float, b: float, c: float) -> float | None:
+    """ρ: the share of what twice the compute would bring."""
+    return (c - b) / (c - a) if c > a else None
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
@@ -114,14 +123,19 @@ def _outcome(settings: dict[str, Any], groups: dict[str, list[Result]]) -> Itera
         equal = [arm for arm in groups if arm not in ("A", "C")
                  and abs(groups[arm][0]["flops"] / groups["C"][0]["flops"] - 1) <= SAME_COST]  # fmt: skip
         for arm in equal:
-            values = rho(groups, arm)
-            each = ", ".join(f"{value:.3f}" for value in values)
-            yield f"**ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {spread(values)}**; by seed: {each}."
+            by_seed = rho(groups, arm)
+            values = [value for value in by_seed.values() if value is not None]
+            each = ", ".join("undefined" if value is None else f"{value:.3f}" for value in by_seed.values())
+            mean = spread(values) if values else "undefined"
+            yield f"**ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {mean}**; by seed: {each or 'none'}."
+            if len(values) < len(by_seed):
+                yield "ρ is undefined where A is no better than C: more compute brought nothing there."
         yield (
             "ρ = 1: as good as token-level training on all data, at B's share of its compute. ρ = 0: no better than "
             "token-level training at that compute. Below 0: worse than that."
         )
-        yield _verdict(groups)
+        if verdict := _verdict(groups):
+            yield verdict
         seeds = sorted({run["seed"] for run in groups["A"]})
         yield table(
             ["loss at the end", *(f"seed {seed}" for seed in seeds)],
@@ -147,7 +161,7 @@ def _verdict(groups: dict[str, list[Result]]) -> str:
         alike = all((gap > 0) == (mean > 0) for gap in gaps)
         word = "worse" if mean > 0 else "better"
         said.append(f"{abs(mean):.3f} {word} {what}{'' if alike else ', but not in every seed'}")
-    return f"Patch training (B) ended {'; '.join(said)}."
+    return f"Patch training (B) ended {'; '.join(said)}." if said else ""
 
 
 def at_switch(run: Result) -> dict[str, Any] | None:
@@ -190,16 +204,17 @@ def _settings(settings: dict[str, Any], groups: dict[str, list[Result]], lr: flo
         f"Model: {budget['model']}, {settings['parameters']:,} parameters, the same code in all arms. "
         f"A step is {budget['batch_size']} rows of {budget['context']} positions in every phase: a patch step has the "
         "FLOPs of a token-level step and reads K times the raw tokens. Validation: "
-        f"{budget['eval_rows']} rows of {budget['context']} tokens. AdamW (0.9, 0.95), weight decay 0.1, clip 1.0; "
+        f"{min(budget['eval_rows'], corpus['tokens']['validation'] // budget['context'])} rows of {budget['context']} "
+        "tokens. AdamW (0.9, 0.95), weight decay 0.1, clip 1.0; "
         f"warmup over {_warmup(settings)} steps ({settings['warmup']:.0%} of A's) in every arm, constant, then linear "
         f"to 0 over the last {settings['decay']:.0%} of a run's steps (WSD); "
         f"{'bf16 autocast' if budget['bf16'] else 'fp32'}{', compiled' if budget['compile'] else ''}. "
         "Seconds are those of training steps; compiling, evaluation and saving are left out."
     )
     yield (
-        f"All arms read pieces of {settings['piece_tokens']:,} tokens in the seed's order; A and B read "
-        f"{settings['tokens']:,} raw tokens, no token twice, and C the first of them. C's schedule, with its decay, "
-        "ends where its compute does."
+        f"The text is cut into pieces of {settings['piece_tokens']:,} tokens, which the seed permutes. A and B read "
+        f"{settings['tokens']:,} raw tokens, the same pieces and no token twice, and C the first of these pieces; "
+        "within a phase their rows are shuffled. C's schedule, with its decay, ends where its compute does."
     )
     if groups and lr is not None:
         rows = []
@@ -233,9 +248,13 @@ def _rates(results: list[Result], lr: float | None) -> Iterable[str]:
     yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
     if len(rows) > 3 and {"A", "B", "C"} <= set(best):
         a, b, c = (best[arm][COMPARED] for arm in "ABC")
+        ratio = recovered(a, b, c)
+        rates = {arm: [run["lr"] for run in results if run["arm"] == arm and run["seed"] == seed] for arm in best}
+        edges = [arm for arm, run in best.items() if run["lr"] in (min(rates[arm]), max(rates[arm]))]
         yield (
             f"The rate was tuned on A. With each arm at the best of its own rates (seed {seed}) the losses are "
-            f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {(c - b) / (c - a):.3f}."
+            f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {'undefined' if ratio is None else f'{ratio:.3f}'}."
+            + (f" The best of {' and '.join(edges)} is the lowest or highest that was tried." if edges else "")
         )
 
 
@@ -283,7 +302,8 @@ def _draw_loss(file: Path, groups: dict[str, list[Result]]) -> None:
             shown += [value for value, same in zip(mean, points) if same[0]["flops"] > 0.08 * longest]
         _name(axis, label)
     low, high = min(shown), max(shown)
-    axes[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    margin = 0.05 * (high - low) or 0.05
+    axes[0].set_ylim(low - margin, high + margin)
     axes[0].set_ylabel("token-level validation loss")
     axes[0].legend()
     _save(figure, file)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 COLUMN_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COPIES = 20  # documents of one name that are taken for copies of each other, however few there are in all
 PATH_COLUMN = "path"
 ORIGIN = b"patchkernels.origin"  # in the metadata of a Parquet file
 BATCH = 256  # rows read at a time
@@ -29,11 +30,11 @@ def split_keys(paths: list[str | None], digests: list[bytes]) -> list[bytes]:
     """Documents that share a key belong on one side of the held-out split.
 
     Files of one name share it, so that neither a file nor a directory has an edited copy of itself on the other side. A
-    name that more than 1 % of the documents bear (Makefile) says little: there it counts with its directory's name.
-    Documents without a path: those of one content.
+    name that more than 20 documents and more than 1 % of them bear (Makefile) says little: there it counts with its
+    directory's name. Documents without a path: those of one content.
     """
     count = Counter(PurePosixPath(path).name for path in paths if path is not None)
-    common = max(2, len(paths) // 100)
+    common = max(COPIES, len(paths) // 100)
     keys = []
     for path, digest in zip(paths, digests):
         if path is None:
@@ -62,7 +63,8 @@ class Source:
         if local is None:
             self.files = standard_library()
         elif local.is_dir():
-            self.files = sorted(p for p in local.rglob("*") if p.is_file() and not p.is_symlink())
+            shown = (p for p in local.rglob("*") if "/." not in f"/{p.relative_to(local).as_posix()}")
+            self.files = sorted(p for p in shown if p.is_file() and not p.is_symlink())
             if endings:
                 self.files = [p for p in self.files if p.name.endswith(endings)]
                 if not self.files:
@@ -71,7 +73,8 @@ class Source:
             self.files, self.root = [local], local.parent
         else:
             self.rows = _hub(str(path))
-        self.kind = next((COLUMN_KINDS[file.suffix] for file in self.files if file.suffix in COLUMN_KINDS), "text")
+        self.column_endings = _column_endings(self.files)
+        self.kind = next((COLUMN_KINDS[ending] for ending in self.column_endings), "text")
         self.one_text = self.kind == "text" and bool(local and local.is_file())
         if self.rows is not None:
             self.digest = str(self.rows._fingerprint)
@@ -109,13 +112,13 @@ class Source:
 
         if self.one_text and read_text(self.files[0]) is None:
             raise ValueError(f"{self.path}: no UTF-8 text")
-        names = [str(file) for file in self.files if COLUMN_KINDS.get(file.suffix, "text") == self.kind]
+        names = [str(file) for file in self.files if self.kind == "text" or file.suffix in self.column_endings]
         options = {"sample_by": "paragraph"} if self.one_text else {}
         datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(self.kind, data_files=names, split="train", cache_dir=str(arrow), **options)
         except Exception as error:
-            raise ValueError(f"{self.path} could not be read as {self.kind}: {error}") from error
+            raise ValueError(f"{self.path} could not be read as {self.kind}: {error.__cause__ or error}") from error
 
     def documents(self) -> Iterator[Document]:
         """In a fixed order; of documents of one content the first alone, and none that is blank."""
@@ -133,8 +136,18 @@ class Source:
             return
         for batch in self.rows.iter(BATCH):
             texts = batch[self.columns[0]]
+            if wrong := [t for t in texts if not isinstance(t, (str, type(None)))]:
+                raise ValueError(f"column {self.columns[0]!r} of {self.path} must hold text, got {wrong[0]!r}")
             paths: Iterable[Any] = batch[PATH_COLUMN] if PATH_COLUMN in self.columns[1:] else [None] * len(texts)
             yield from (Document(t, p if isinstance(p, str) else None) for t, p in zip(texts, paths) if t)
+
+
+def _column_endings(files: list[Path]) -> set[str]:
+    """Of a folder of Parquet or JSONL the rows are read, whatever lies beside them; a .json among texts is a text."""
+    endings = {file.suffix for file in files}
+    if endings <= {".json", ".jsonl"}:
+        return endings
+    return next(({ending} for ending in (".parquet", ".jsonl") if ending in endings), set())
 
 
 def _hub(name: str) -> Any:

@@ -36,7 +36,7 @@ from patchkernels.processes import (
     whole,
     whole_weights,
 )
-from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
+from patchkernels.schedule import Phase, Schedule, parse_phases
 from patchkernels.train_config import TrainConfig
 
 
@@ -49,6 +49,7 @@ class Stopped(SystemExit):
 
 
 OUT_OF_TIME = 75  # sysexits.h: a temporary failure, try again
+INITIAL_SPREAD = 0.2  # how far from log V a first loss may be, relatively: wide models begin somewhat above
 
 
 def train(config: TrainConfig) -> Path:
@@ -58,6 +59,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: settings that make no sense, or a checkpoint of other settings.
         FileExistsError: a folder that already holds a run, without ``resume``.
         NonFiniteError: the loss diverged; the last checkpoint is from before.
+        RuntimeError: before the first step the loss is not log V: targets are lost.
         Stopped: by a signal, or after ``config.minutes``; a resumed run goes on.
     """
     deadline = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
@@ -84,9 +86,7 @@ def train(config: TrainConfig) -> Path:
     with joined(processes):
         with processes.first_on_its_node():
             corpus = prepare_aloud(data, Console(quiet=not processes.speaks))
-        total = int(config.tokens or len(corpus.train))
-        schedule = Schedule(phases, total, config.batch_size, config.context, config.convention, config.piece_tokens)
-        run = Run(config, corpus, schedule, processes, attention, deadline)
+        run = Run(config, corpus, config.schedule(len(corpus.train)), processes, attention, deadline)
         if saved:
             run.restore(saved[-1])
         if processes.speaks:
@@ -94,6 +94,24 @@ def train(config: TrainConfig) -> Path:
             replace_file(out / "config.json", lambda path: path.write_text(text))
         run.loop(out)
     return out
+
+
+def check_initial(values: dict[str, Any], vocab_size: int) -> None:
+    """Before the first step the loss is about log V, at every patch size and in every slot.
+
+    The loss of a model that loses K - 1 of its K targets falls all the same: only its value at the start tells.
+
+    Raises:
+        RuntimeError: a loss is not.
+    """
+    expected = math.log(vocab_size)
+    for size, slots in values["initial_slot_losses"].items():
+        losses = [values["initial_losses"][size], *slots]
+        if any(abs(loss - expected) > INITIAL_SPREAD * expected for loss in losses):
+            raise RuntimeError(
+                f"before the first step the loss at K = {size} and those of its slots are {losses}, and log V is "
+                f"{expected:.3f}: targets are lost"
+            )
 
 
 class Run:
@@ -110,7 +128,7 @@ class Run:
     ) -> None:
         self.config, self.corpus, self.schedule = config, corpus, schedule
         self.processes, self.device, self.attention = processes, processes.device, attention
-        self.lr = LearningRate(config.lr, config.warmup, config.decay, config.lr_shape, config.lr_scope)
+        self.lr = config.learning_rate()
         torch.manual_seed(config.seed)  # the same weights on every rank
         longest = max(schedule.positions(phase) for phase in schedule.phases)
         self.model_config = PatchLMConfig.preset(
@@ -187,6 +205,7 @@ class Run:
                 values = self.initial()
                 log.write(**values)
                 display.step(0, values)
+                check_initial(values, self.corpus.vocab_size)
             while self.step < total:
                 index, within = self.schedule.locate(self.step)
                 if within == 0 and self.step and config.optimizer_at_switch == "reset":
@@ -224,10 +243,12 @@ class Run:
                     display.say(f"stopped after step {self.step} ({why}); --resume goes on")
                     raise Stopped(self.stop_code)
             self.finish(out, display)
+            if self.stop_code not in (0, OUT_OF_TIME):  # a signal that came too late to stop this run stops the caller
+                raise Stopped(self.stop_code)
 
     def initial(self) -> dict[str, Any]:
         """Before any step: token-level validation loss, and at every patch size of the run the loss as it is trained on
-        and that of each slot. All are about log V; one that is not tells of targets that were lost."""
+        and that of each slot."""
         sizes = [size for size in sorted({p.patch_size for p in self.schedule.phases}) if self.has_patches(size)]
         with torch.no_grad():
             losses = {str(k): float(self.loss(*next(self.validation_parts(k)), k, compiled=False)) for k in sizes}

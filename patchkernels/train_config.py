@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from patchkernels.data import DataConfig
 from patchkernels.processes import PARALLELS
+from patchkernels.schedule import LearningRate, Schedule, parse_phases
 
 
 @dataclass
@@ -39,7 +41,8 @@ class TrainConfig:
     """Positions of a row in the token phase."""
     piece_tokens: int | None = None
     """Raw tokens of the pieces that the text is cut into and shuffled by, a multiple of every phase's row. Runs that
-    share it and the seed read the same pieces in the same order, whatever their phases. None: the fewest that do."""
+    share it and the seed take the same pieces one after the other, whatever their phases; within a phase rows are
+    shuffled. None: the fewest that do."""
     packed_documents: bool = False
     """No patch straddles a document and no position sees another one."""
     lr: float = 1.5e-3
@@ -101,6 +104,9 @@ class TrainConfig:
             raise ValueError(f"optimizer_at_switch must be 'carry' or 'reset', got {self.optimizer_at_switch!r}")
         if self.parallel not in PARALLELS:
             raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
+        text = Path(self.data.path).expanduser() if self.data.path else None
+        if text and text.is_dir() and Path(self.out).resolve().is_relative_to(text.resolve()):
+            raise ValueError(f"out must not lie within the text that is read, got {self.out!r} and {self.data.path!r}")
         if self.tokens is not None and not 0 < self.tokens < math.inf:
             raise ValueError(f"tokens must be positive and finite, got {self.tokens}")
         if self.minutes is not None and not self.minutes > 0:
@@ -108,10 +114,21 @@ class TrainConfig:
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
 
+    def schedule(self, corpus_tokens: int) -> Schedule:
+        """``ValueError`` on phases that cannot be had."""
+        phases = parse_phases(self.phases, self.shares_of, self.convention)
+        tokens = int(self.tokens or corpus_tokens)
+        return Schedule(phases, tokens, self.batch_size, self.context, self.convention, self.piece_tokens)
+
+    def learning_rate(self) -> LearningRate:
+        return LearningRate(self.lr, self.warmup, self.decay, self.lr_shape, self.lr_scope)
+
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint and its run must share; where it lies and how often it speaks may change."""
+        """What a checkpoint and its run must share, beside the corpus, which its digest names; where they lie and how
+        often the run speaks may change."""
         free = {"out", "resume", "log_every", "eval_every", "eval_rows", "save_every", "keep", "device", "compile",
                 "parallel", "minutes"}  # fmt: skip
         values = json.loads(json.dumps(dataclasses.asdict(self)))
-        values["data"].pop("cache_dir")
+        for place in ("path", "tokenizer", "cache_dir"):
+            values["data"].pop(place)
         return {key: value for key, value in values.items() if key not in free}

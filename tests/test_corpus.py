@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from patchkernels.corpus import CorpusConfig, pack_corpus
 from patchkernels.data import DataConfig, prepare
-from patchkernels.sources import Source, split_keys
+from patchkernels.sources import COPIES, Source, split_keys
 
 ROOT = Path(__file__).parents[1]
 ENDINGS = (".c", ".h")
@@ -90,13 +92,14 @@ paths = st.one_of(st.none(), st.tuples(st.sampled_from(["x", "y", "x/y", "z/y"])
 
 
 @given(st.lists(paths, max_size=60))
+@example([f"{place}/Makefile" for place in ("x", "y", "x/y")] * 8 + ["x/a.c", "y/a.c"] * 10)
 def test_split_keys(found):
     digests = [index.to_bytes(8, "big") for index in range(len(found))]
     keys = split_keys(found, digests)
     assert len(keys) == len(found)
     if keys == digests:  # all of one name, or none has a path
         return
-    common = max(2, len(found) // 100)
+    common = max(COPIES, len(found) // 100)
     count = {
         name: sum(p is not None and Path(p).name == name for p in found) for name in {Path(p).name for p in found if p}
     }
@@ -109,6 +112,16 @@ def test_split_keys(found):
             assert k != other
         else:
             assert (k == other) == (Path(p).parent.name == Path(q).parent.name)
+
+
+def test_versions_of_a_small_tree_are_on_one_side(tmp_path):
+    for version, i in itertools.product(range(3), range(30)):
+        file = tmp_path / "tree" / f"v{version}" / f"{i}.c"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"file {i} " * 20 + f"of version {version}")
+    train, held_out = sides(tmp_path / "tree", tmp_path)
+    number = re.compile(r"file (\d+)")
+    assert held_out and {number.search(t)[1] for t in train}.isdisjoint(number.search(t)[1] for t in held_out)
 
 
 def test_files_that_all_have_one_name_are_split_by_content(tmp_path):
@@ -245,3 +258,42 @@ def test_experiment_gpu_on_a_cpu(tree, tmp_path):
         assert {path.name for path in (folder / name).glob("*.*")} >= {"report.md", "results.jsonl", "loss.png"}
     missing = command("experiment_gpu.sh", str(corpus))
     assert missing.returncode != 0 and "usage" in missing.stderr
+
+
+# What a folder holds
+
+
+def test_a_json_file_among_texts_is_one_of_them(tmp_path):
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "a.txt").write_text("a text")
+    (root / "package.json").write_text('{"name": "x"}')
+    assert [d.path for d in documents(root)] == ["a.txt", "package.json"]
+
+
+def test_rows_are_read_whatever_lies_beside_them(tmp_path):
+    root = tmp_path / "dump"
+    root.mkdir()
+    (root / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (root / "README.md").write_text("about the rows")
+    (root / "info.json").write_text('{"rows": 2}')
+    assert [d.text for d in documents(root)] == ["a", "b"]
+    (root / "rows.jsonl").rename(root / "rows.json")
+    for name in ("README.md", "info.json"):
+        (root / name).unlink()
+    assert [d.text for d in documents(root)] == ["a", "b"]
+
+
+def test_hidden_files_are_skipped(tmp_path):
+    root = tmp_path / ".cache" / "project"
+    for name in (".git/config", "src/.hidden.c", "src/a.c"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"text of {name}")
+    assert [d.path for d in documents(root)] == ["src/a.c"]
+
+
+def test_numbers_are_no_text(tmp_path):
+    file = tmp_path / "numbers.jsonl"
+    file.write_text('{"text": 1}\n{"text": 2}\n')
+    with pytest.raises(ValueError, match=r"column 'text' of .*numbers.jsonl must hold text, got 1"):
+        documents(file)

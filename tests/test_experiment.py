@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from patchkernels import experiment as module
 from patchkernels import model as model_module
 from patchkernels.batches import Batches
-from patchkernels.data import DataConfig, Tokens
+from patchkernels.data import DataConfig, Tokens, prepare
 from patchkernels.experiment import Laboratory, check_start, experiment
 from patchkernels.experiment_config import BUDGETS, NAMES, ExperimentConfig, arms
-from patchkernels.experiment_report import compared, rho
+from patchkernels.experiment_report import compared, rho, write_report
+from patchkernels.metrics import read_log
 from patchkernels.model import PRESETS, PatchLMConfig
-from patchkernels.schedule import Schedule, parse_phases
-from patchkernels.train import OUT_OF_TIME, NonFiniteError, Run, Stopped
+from patchkernels.schedule import parse_phases
+from patchkernels.train import OUT_OF_TIME, NonFiniteError, Run, Stopped, check_initial
 
 TINY = PatchLMConfig(300, 16, 24, 1, 2, tie_word_embeddings=True)
 TIMES = ("seconds", "compile_seconds", "raw_tokens_per_second")
@@ -80,30 +84,37 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
 
 
 def chosen_rate(folder: Path) -> float:
-    return next(line["lr"] for line in lines_of(folder, "run") if line["arm"] == "C")
+    used = re.search(r"\| A \| (\S+) \(used\)", (folder / "report.md").read_text())
+    assert used
+    return float(used[1])
+
+
+def laboratory_of(config: ExperimentConfig) -> Laboratory:
+    budget = config.filled()
+    data = dataclasses.replace(config.data, vocab_size=budget.vocab_size)
+    return Laboratory(config, budget, data, prepare(data), Path(config.out), math.inf, Console(quiet=True))
 
 
 # The data
 
 
 @pytest.mark.parametrize("phases", ["4:2/3,1:1/3", "2:1/2,1:1/2", "8:1/4,4:1/4,1:1/2"])
-def test_arms_read_the_same_tokens(phases):
-    """A and B the same ones, each once; C those that A reads first, up to the order within."""
-    context, batch = 8, 2
-    of = arms(phases)
-    piece = context * math.lcm(*(p.patch_size for arm in of.values() for p in parse_phases(arm.phases)))
-    tokens = 12 * piece * batch
-    corpus = Tokens(np.arange(2 * tokens, dtype=np.uint32), np.array([0]))
+def test_arms_read_the_same_tokens(config, tmp_path, phases):
+    """A and B the same ones, each once; C the first pieces of them."""
+    laboratory = laboratory_of(dataclasses.replace(config, phases=phases, context=16))
+    pieces = Tokens(np.arange(len(laboratory.corpus.train), dtype=np.uint32), np.array([0]))
     read = {}
-    for name, share in (("A", 1.0), ("B", 1.0), ("C", of["C"].share)):
-        total = round(share * tokens)
-        schedule = Schedule(parse_phases(of[name].phases), total, batch, context, piece_tokens=piece)
-        batches = Batches(corpus, schedule, seed=3)
+    for name in ("A", "B", "C"):
+        schedule = laboratory.train_config(name, 3, 1e-3, tmp_path, 1.0).schedule(0)
+        batches = Batches(pieces, schedule, seed=3)
         rows = [batches.batch(step)[0].flatten() for step in range(schedule.total_steps)]
         read[name] = torch.cat(rows).tolist()
-        assert len(set(read[name])) == len(read[name]) == total, "no token twice"
+        assert len(set(read[name])) == len(read[name]), "no token twice"
     assert set(read["A"]) == set(read["B"])
-    assert set(read["C"]) < set(read["A"])
+    size = laboratory.piece_tokens
+    permuted = [int(piece) * size for piece in np.random.default_rng([3, 0, 0]).permutation(len(pieces) // size)]
+    first = [start + i for start in permuted for i in range(size)][: len(read["C"])]
+    assert set(read["C"]) == set(first) < set(read["A"])
 
 
 def test_costs_of_the_arms():
@@ -120,13 +131,32 @@ def test_costs_of_the_arms():
 # What comes out
 
 
-def test_all_arms_warm_up_over_as_many_steps(finished):
-    """A has 48 steps, the others here half as many."""
-    steps = {"A": 48, "B": 24, "C": 24, "multi": 24}
-    for arm, count in steps.items():
-        run = finished / "runs" / f"{arm}-seed0-lr{chosen_rate(finished):.3g}"
-        config = json.loads((run / "config.json").read_text())
-        assert round(config["warmup"] * count) == 2
+def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
+    """As its folder has it: the settings, and the learning rate of every step that was logged."""
+    settings = {}
+    for run in lines_of(finished, "run"):
+        folder = finished / "runs" / f"{run['arm']}-seed{run['seed']}-lr{run['lr']:.3g}"
+        said = json.loads((folder / "config.json").read_text())
+        assert (said.pop("lr"), said.pop("seed")) == (run["lr"], run["seed"])
+        assert round(said.pop("warmup") * run["steps"]) == 2, "5 % of A's 48 steps"
+        steps = [line for line in read_log(folder / "log.jsonl") if "lr" in line]
+        assert max(line["lr"] for line in steps) <= run["lr"]
+        assert any(line["lr"] == run["lr"] for line in steps), "constant in between"
+        for key in ("out", "minutes", "resume"):
+            said.pop(key)
+        assert settings.setdefault(run["arm"], said) == said
+    expected = {
+        "A": ("1:1", 1536, "data", "carry", "run"),
+        "B": ("4:2/3,1:1/3", 1536, "data", "carry", "run"),
+        "C": ("1:1", 768, "data", "carry", "run"),
+        "B-reset": ("4:2/3,1:1/3", 1536, "data", "reset", "phase"),
+        "TST": ("8:0.3,1:0.7", 1536, "steps", "carry", "run"),
+        "multi": ("8:1/3,4:1/6,2:1/6,1:1/3", 1536, "data", "carry", "run"),
+    }
+    keys = ("phases", "tokens", "shares_of", "optimizer_at_switch", "lr_scope")
+    assert {arm: tuple(said.pop(key) for key in keys) for arm, said in settings.items()} == expected
+    assert all(said == settings["A"] for said in settings.values())
+    assert settings["A"]["piece_tokens"] == 16 * 8
 
 
 def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
@@ -173,7 +203,7 @@ def test_report_and_figures(finished):
         for seed in (0, 1):
             a, b, c = (groups[name][seed]["validation_loss"] for name in ("A", arm, "C"))
             values.append((c - b) / (c - a))
-        assert rho(groups, arm) == values
+        assert rho(groups, arm) == dict(enumerate(values))
         mean = sum(values) / 2
         assert (
             f"ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {mean:.3f} ({min(values):.3f} to {max(values):.3f})"
@@ -248,6 +278,29 @@ def test_out_of_time_it_stops_with_a_report_and_goes_on(config, monkeypatch):
     assert "unfinished" not in report and "ρ of B" in report
 
 
+def test_what_is_finished_stays_in_the_report(config):
+    experiment(dataclasses.replace(config, seeds=1, arms=("A", "B", "C", "multi")))
+    before = {(run["arm"], run["seed"], run["lr"]) for run in lines_of(Path(config.out), "run")}
+    assert len(before) >= 9
+    for later in ({"arms": NAMES, "seeds": 3, "minutes": 1e-9}, {"seeds": 1}):
+        with contextlib.suppress(Stopped):
+            experiment(dataclasses.replace(config, **later))
+        assert {(run["arm"], run["seed"], run["lr"]) for run in lines_of(Path(config.out), "run")} == before
+
+
+def test_the_text_may_be_named_otherwise_when_it_goes_on(config, tmp_path, monkeypatch):
+    once = dataclasses.replace(config, tune=False, seeds=1)
+    with monkeypatch.context() as patch:
+        save = Run.train_step
+        patch.setattr(Run, "train_step", lambda self, i: (setattr(self, "stop_code", OUT_OF_TIME), save(self, i))[1])
+        with pytest.raises(Stopped):
+            experiment(once)
+    assert list(Path(config.out).glob("runs/A-*/checkpoints/*"))
+    link = tmp_path / "elsewhere"
+    link.symlink_to(config.data.path)
+    experiment(dataclasses.replace(once, data=dataclasses.replace(config.data, path=str(link))))
+
+
 # Tuning
 
 
@@ -304,6 +357,7 @@ def test_an_arm_that_diverges_at_the_chosen_rate_is_said_to(config, monkeypatch)
     monkeypatch.setattr(Laboratory, "end", lambda *_: math.inf)
     with pytest.raises(NonFiniteError, match="A diverged at every learning rate"):
         experiment(dataclasses.replace(config, out=config.out + "-2"))
+    assert "unfinished" in (Path(config.out + "-2") / "report.md").read_text()
 
 
 # The pitfalls
@@ -328,9 +382,12 @@ def test_losing_all_but_one_target_is_found(config, monkeypatch):
             target.masked_fill(torch.arange(patch_size, device=target.device) > 0, -100) if patch_size > 1 else target
         )
 
-    monkeypatch.setattr(model_module, "patch_targets", first_alone)
-    with pytest.raises(RuntimeError, match=r"arm B, seed 0: .* at K = 4 .*targets are lost"):
-        experiment(dataclasses.replace(config, tune=False, seeds=1))
+    once = dataclasses.replace(config, tune=False, seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "patch_targets", first_alone)
+        with pytest.raises(RuntimeError, match=r"before the first step the loss at K = 4 .*targets are lost"):
+            experiment(once)
+    experiment(once)  # nothing of it is left when it is mended
 
 
 def test_a_loss_summed_over_slots_is_found(config, monkeypatch):
@@ -341,7 +398,7 @@ def test_a_loss_summed_over_slots_is_found(config, monkeypatch):
         return value * patch_size if reduction == "mean" else value
 
     monkeypatch.setattr(Run, "loss", summed)
-    with pytest.raises(RuntimeError, match=r"arm B, seed 0: .* at K = 4 .*targets are lost"):
+    with pytest.raises(RuntimeError, match=r"before the first step the loss at K = 4 .*targets are lost"):
         experiment(dataclasses.replace(config, tune=False, seeds=1))
 
 
@@ -358,19 +415,23 @@ def test_arms_that_see_other_validation_tokens_are_found(config, monkeypatch):
 
 
 def test_check_start():
-    def run(arm: str, start: float, slots: list[float], seed: int = 0) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, "initial_losses": {"4": 5.7}, "initial_slot_losses": {"4": slots},
-                "curve": [{"validation_loss": start}]}  # fmt: skip
+    def run(arm: str, start: float, seed: int = 0) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "curve": [{"validation_loss": start}]}
 
-    good = [run("A", 5.71, [5.7] * 4), run("B", 5.71, [5.69, 5.7, 5.71, 5.72]), run("A", 5.72, [5.7] * 4, seed=1)]
-    check_start([*good, {"arm": "A", "seed": 0, "diverged": "step 3"}], 300)
-    for bad, words in (
-        (run("B", 5.71, [5.7, 0.0, 0.0, 0.0]), "targets are lost"),
-        (run("B", 5.71, [5.7 / 4] * 4), "targets are lost"),
-        (run("C", 5.712, [5.7] * 4), "not the same weights"),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            check_start([*good, bad], 300)
+    there = [run("A", 5.71), run("A", 5.72, seed=1), {"arm": "A", "seed": 0, "diverged": "step 3"}]
+    check_start(run("B", 5.71), there, Path("b"))
+    with pytest.raises(RuntimeError, match=r"not the same weights or validation text. Remove c once"):
+        check_start(run("C", 5.712), there, Path("c"))
+
+
+def test_check_initial():
+    def initial(slots: list[float], mean: float = 5.7) -> dict[str, Any]:
+        return {"initial_losses": {"1": 5.71, "4": mean}, "initial_slot_losses": {"1": [5.71], "4": slots}}
+
+    check_initial(initial([5.69, 5.7, 5.71, 5.72]), 300)
+    for bad in (initial([5.7, 0.0, 0.0, 0.0]), initial([5.7 / 4] * 4), initial([5.7] * 4, 5.7 / 4)):
+        with pytest.raises(RuntimeError, match=r"K = 4 .* log V is 5.704: targets are lost"):
+            check_initial(bad, 300)
 
 
 # Bad input
@@ -383,6 +444,9 @@ def test_bad_input(config, tmp_path):
         ({"arms": ("A", "B")}, "arms must be A, B, C"),
         ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
         ({"phases": "4:2"}, "must add up to 1"),
+        ({"phases": "1:1"}, "B needs a phase of patches"),
+        ({"context": 7}, "at least two patches of 4, got 7"),
+        ({"context": 12, "arms": ("A", "B", "C", "multi")}, "at least two patches of 8, got 12"),
         ({"seeds": 0}, "seeds must be positive and finite, got 0"),
         ({"minutes": -1.0}, "minutes must be positive"),
         ({"tokens": 0.0}, "tokens must be positive"),
@@ -397,9 +461,13 @@ def test_bad_input(config, tmp_path):
         ({"model": "9b"}, "'9b'"),
         ({"device": "gpu"}, "'gpu'"),
         ({"accumulation": 3}, "accumulation must divide batch_size"),
+        ({"warmup": 0.5}, "B cannot warm up over 0.5 of A's steps, 1 of its own"),
+        ({"warmup": math.nan}, "cannot warm up over nan"),
+        ({"decay": 2.0}, "decay over the last 2"),
+        ({"out": config.data.path + "/x"}, "must not lie within the text"),
     ):
         with pytest.raises(ValueError, match=words):
-            experiment(dataclasses.replace(config, **{"tokens": 1536.0, **bad, "out": str(tmp_path / "x")}))
+            experiment(dataclasses.replace(config, **{"tokens": 1536.0, "out": str(tmp_path / "x"), **bad}))
     assert not (tmp_path / "x").exists()
 
 
@@ -419,3 +487,60 @@ def test_a_folder_of_another_experiment_is_left_alone(config):
         with pytest.raises(ValueError, match=rf"holds another experiment .*{next(iter(change))}"):
             experiment(dataclasses.replace(once, **change))
     assert before == {name: (out / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("name", ["experiment.json", "result.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_damaged_results_are_named(config, name, content):
+    once = dataclasses.replace(config, tune=False, seeds=1)
+    file = next(experiment(once).rglob(name))
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file} is damaged .*: remove it"):
+        experiment(once)
+    file.unlink()
+    experiment(once)
+
+
+def test_decimal_shares_are_the_fractions_they_stand_for(config):
+    assert laboratory_of(dataclasses.replace(config, phases="4:0.667,1:0.333")).tokens == 1536
+
+
+# Reports of unusual results
+
+
+def result_of(arm: str, seed: int, loss: float) -> dict[str, Any]:
+    point = {"step": 0, "patch_size": 1, "flops": 0, "raw_tokens": 0, "seconds": 0.0, "validation_loss": 9.0}
+    flops = 2 if arm == "A" else 1
+    last = {"flops": flops, "raw_tokens": 10, "seconds": 1.0, "validation_loss": loss, "validation_bits_per_byte": 1.0}
+    return {"arm": arm, "seed": seed, "lr": 1e-3, "steps": 2, "compile_seconds": 0.0, "raw_tokens_per_second": 1.0,
+            **last, "curve": [point, {**point, **last, "step": 2}]}  # fmt: skip
+
+
+def report_of(config: ExperimentConfig, results: list[dict[str, Any]]) -> str:
+    laboratory = laboratory_of(config)
+    write_report(laboratory.out, laboratory.settings, results, 1e-3, finished=True)
+    return (laboratory.out / "report.md").read_text()
+
+
+def test_rho_is_undefined_where_more_compute_brought_nothing(config):
+    losses = {("A", 0): 5.2, ("B", 0): 5.4, ("C", 0): 5.0, ("A", 1): 5.0, ("B", 1): 5.1, ("C", 1): 5.2}
+    results = [result_of(arm, seed, loss) for (arm, seed), loss in losses.items()]
+    report = report_of(config, results)
+    assert "= 0.500**; by seed: undefined, 0.500." in report and "ρ is undefined where A" in report
+    assert "= undefined**; by seed: undefined." in report_of(config, results[:3])
+
+
+def test_arms_that_diverged_in_different_seeds(config):
+    lost = [{"arm": arm, "seed": seed, "lr": 1e-3, "diverged": "step 3"} for arm, seed in (("A", 0), ("B", 1))]
+    made = [result_of(arm, seed, 5.0) for arm, seed in (("A", 1), ("B", 0), ("C", 0), ("C", 1))]
+    report = report_of(config, [*made, *lost])
+    assert "= undefined**; by seed: none." in report
+    assert "left out above: A of seed 0, B of seed 1" in report
+
+
+def test_best_rates_at_the_edge_are_said_to_be(config):
+    results = []
+    for arm, losses in (("A", (5.1, 5.0, 5.2)), ("B", (5.5, 5.3, 5.4)), ("C", (5.4, 5.3, 5.2))):
+        results += [result_of(arm, 0, loss) | {"lr": lr} for lr, loss in zip((5e-4, 1e-3, 2e-3), losses)]
+    report = report_of(config, results)
+    assert "and ρ = -0.500. The best of C is the lowest or highest that was tried." in report

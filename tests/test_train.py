@@ -181,6 +181,20 @@ def test_sigterm_saves_and_exits(config):
     assert "--resume" in output
 
 
+def test_a_signal_after_the_last_step_stops_the_caller_when_all_is_saved(config, monkeypatch):
+    finish = Run.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), finish(*args)))
+        with pytest.raises(Stopped) as stopped:
+            train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    run = Path(config.out)
+    log = (run / "log.jsonl").read_text()
+    assert (run / "model" / "config.json").exists()
+    train(dataclasses.replace(config, resume=True))
+    assert (run / "log.jsonl").read_text() == log
+
+
 def test_out_of_time_saves_and_goes_on(config, tmp_path, monkeypatch):
     straight = train(dataclasses.replace(config, out=str(tmp_path / "straight")))
     codes = []
@@ -329,6 +343,7 @@ def test_bad_input(config, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=message):
                 train(dataclasses.replace(config, out=str(tmp_path / "y")))
     for bad in (
+        {"out": config.data.path + "/run"},
         {"batch_size": 0},
         {"accumulation": 4},
         {"parallel": "tp"},
