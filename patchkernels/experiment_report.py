@@ -71,7 +71,7 @@ def rho(groups: dict[str, list[Result]], arm: str) -> dict[int, float | None]:
 
 
 def recovered(a: float, b: float, c: float) -> float | None:
-    """ρ: the share of what twice the compute would bring."""
+    """ρ: the share of what A's compute would bring beyond C's."""
     return (c - b) / (c - a) if c > a else None
 
 
