@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -93,6 +94,8 @@ def test_nothing_but_tokens_is_left_in_the_cache(folder, tmp_path):
 def test_cache_is_keyed_by_content_and_settings(folder, tmp_path):
     first = prepare(config(folder, tmp_path))
     assert prepare(config(folder, tmp_path)).digest == first.digest
+    copied = prepare(config(shutil.copytree(folder, tmp_path / "copied"), tmp_path))
+    assert (copied.digest, copied.origin) == (first.digest, "copied")
     other = prepare(config(folder, tmp_path, cache_dir=str(tmp_path / "other")))
     assert other.train.ids.tobytes() == first.train.ids.tobytes()
     assert other.tokenizer_file.read_bytes() == first.tokenizer_file.read_bytes()

@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -544,3 +545,24 @@ def test_best_rates_at_the_edge_are_said_to_be(config):
         results += [result_of(arm, 0, loss) | {"lr": lr} for lr, loss in zip((5e-4, 1e-3, 2e-3), losses)]
     report = report_of(config, results)
     assert "and ρ = -0.500. The best of C is the lowest or highest that was tried." in report
+
+
+def test_the_commit_is_that_of_the_checkout_itself(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@y.z")
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "--quiet", "--message", "x")
+    file = tmp_path / "experiment.py"
+    file.write_text("")
+    monkeypatch.setattr(module, "__file__", str(file))
+    assert module._commit() is None, "installed below a repository of something else"
+    git("add", file.name)
+    git("commit", "--quiet", "--message", "y")
+    assert module._commit() == git("rev-parse", "--short=10", "HEAD")
+    file.write_text("changed")
+    assert module._commit() == git("rev-parse", "--short=10", "HEAD") + "-dirty"
