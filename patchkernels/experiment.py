@@ -36,7 +36,7 @@ from patchkernels.metrics import prepare_aloud, read_log
 from patchkernels.model import PatchLM, PatchLMConfig
 from patchkernels.pretrained import replace_file
 from patchkernels.processes import choose_device, environment
-from patchkernels.schedule import parse_phases
+from patchkernels.schedule import cost_of, parse_phases
 from patchkernels.train import OUT_OF_TIME, NonFiniteError, Stopped, train
 from patchkernels.train_config import TrainConfig
 
@@ -151,8 +151,7 @@ class Laboratory:
     def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
         arm, budget, config = self.arms[name], self.budget, self.config
         phases = parse_phases(arm.phases, arm.changes.get("shares_of", "data"))
-        cost = arm.share * sum(phase.share / phase.patch_size for phase in phases)  # its steps over those of A
-        warmup = config.warmup / cost
+        warmup = config.warmup / (arm.share * cost_of(phases))  # over as many steps as in A
         if not 0 <= warmup <= 1 - config.decay:
             raise ValueError(
                 f"{name} cannot warm up over {config.warmup:g} of A's steps, {warmup:g} of its own, and decay over the "
@@ -238,7 +237,7 @@ class Laboratory:
         free = {"commit", "date"}
         mine = json.loads(json.dumps(self.settings))
         if file.exists():
-            theirs = _read_json(file, set(mine))
+            theirs = _read_json(file, {"budget", "corpus", "commit"})
             for settings in (mine, theirs):
                 for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
                     settings[part].pop(key, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patchkernels.data import DataConfig
-from patchkernels.schedule import parse_phases
+from patchkernels.schedule import cost_of, parse_phases
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Arm:
 
 def arms(phases: str) -> dict[str, Arm]:
     """All arms by name; ``phases`` are B's."""
-    cost = sum(phase.share / phase.patch_size for phase in parse_phases(phases))
+    cost = cost_of(parse_phases(phases))
     reset = {"optimizer_at_switch": "reset", "lr_scope": "phase"}
     return {
         "A": Arm("token-level, all data", "1:1"),

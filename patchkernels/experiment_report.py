@@ -237,11 +237,13 @@ def _rates(results: list[Result], lr: float | None) -> Iterable[str]:
     seed = min((result["seed"] for result in results), default=0)
     rows = []
     best: dict[str, Result] = {}
+    edges: list[str] = []  # arms whose best rate is the lowest or highest of theirs
     for arm in ("A", "B", "C"):
         tried = sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: float(r["lr"]))
         ended = [run for run in tried if "diverged" not in run]
         if ended:
             best[arm] = min(ended, key=lambda run: float(run[COMPARED]))
+            edges += [arm] if best[arm] in (tried[0], tried[-1]) else []
         for run in tried:
             loss = "diverged" if "diverged" in run else f"{run[COMPARED]:.4f}"
             rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
@@ -249,8 +251,6 @@ def _rates(results: list[Result], lr: float | None) -> Iterable[str]:
     if len(rows) > 3 and {"A", "B", "C"} <= set(best):
         a, b, c = (best[arm][COMPARED] for arm in "ABC")
         ratio = recovered(a, b, c)
-        rates = {arm: [run["lr"] for run in results if run["arm"] == arm and run["seed"] == seed] for arm in best}
-        edges = [arm for arm, run in best.items() if run["lr"] in (min(rates[arm]), max(rates[arm]))]
         yield (
             f"The rate was tuned on A. With each arm at the best of its own rates (seed {seed}) the losses are "
             f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {'undefined' if ratio is None else f'{ratio:.3f}'}."

@@ -131,8 +131,13 @@ class Schedule:
 
     @property
     def cost(self) -> float:
-        """Positions against token-level training on the same data: ``sum lambda / K``."""
-        return sum(phase.share / phase.patch_size for phase in self.phases)
+        """That of :func:`cost_of` the phases."""
+        return cost_of(self.phases)
+
+
+def cost_of(phases: tuple[Phase, ...]) -> float:
+    """Positions against token-level training on the same data: ``sum lambda / K``."""
+    return sum(phase.share / phase.patch_size for phase in phases)
 
 
 @dataclass(frozen=True)
