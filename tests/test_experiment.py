@@ -26,7 +26,7 @@ from patchkernels.experiment import Laboratory, check_start, experiment
 from patchkernels.experiment_config import BUDGETS, NAMES, ExperimentConfig, arms
 from patchkernels.experiment_report import compared, rho, write_report
 from patchkernels.metrics import read_log
-from patchkernels.model import PRESETS, PatchLMConfig
+from patchkernels.model import PRESETS, PatchLM, PatchLMConfig
 from patchkernels.schedule import parse_phases
 from patchkernels.train import OUT_OF_TIME, NonFiniteError, Run, Stopped, check_initial
 
@@ -429,10 +429,23 @@ def test_check_initial():
     def initial(slots: list[float], mean: float = 5.7) -> dict[str, Any]:
         return {"initial_losses": {"1": 5.71, "4": mean}, "initial_slot_losses": {"1": [5.71], "4": slots}}
 
-    check_initial(initial([5.69, 5.7, 5.71, 5.72]), 300)
+    check_initial(initial([5.69, 5.7, 5.71, 5.72]), 300, 0.0)
     for bad in (initial([5.7, 0.0, 0.0, 0.0]), initial([5.7 / 4] * 4), initial([5.7] * 4, 5.7 / 4)):
         with pytest.raises(RuntimeError, match=r"K = 4 .* log V is 5.704: targets are lost"):
-            check_initial(bad, 300)
+            check_initial(bad, 300, 0.0)
+
+
+def test_wide_models_begin_above_log_v():
+    """At D = 2048 by 0.41: the logits of a new model vary."""
+    torch.manual_seed(0)
+    wide = PatchLM(PatchLMConfig(1000, 2048, 64, 1, 16, tie_word_embeddings=True))
+    ids = torch.randint(1000, (4, 64))
+    with torch.no_grad():
+        losses = {str(k): float(wide(ids, ids, k)) for k in (1, 4)}
+    values = {"initial_losses": losses, "initial_slot_losses": {k: [loss] for k, loss in losses.items()}}
+    check_initial(values, 1000, 2048 * wide.config.initializer_range**2)
+    with pytest.raises(RuntimeError, match="targets are lost"):
+        check_initial(values, 1000, 0.0)
 
 
 # Bad input
