@@ -29,7 +29,7 @@ from rich.console import Console
 
 from patchkernels.batches import validation_rows
 from patchkernels.checkpoint import checkpoints
-from patchkernels.data import Corpus, DataConfig
+from patchkernels.data import Corpus
 from patchkernels.experiment_config import NAMES, Budget, ExperimentConfig, arms
 from patchkernels.experiment_report import write_report
 from patchkernels.metrics import prepare_aloud, read_log
@@ -58,11 +58,9 @@ def experiment(config: ExperimentConfig) -> Path:
     if environment(choose_device(config.device)).world_size > 1:
         raise ValueError("the experiment runs in one process: start it without torchrun")
     PatchLMConfig.preset(budget.model)
-    out = Path(config.out)
-    data = dataclasses.replace(config.data, vocab_size=budget.vocab_size)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=budget.vocab_size))
     console = Console()
-    corpus = prepare_aloud(data, console)
-    laboratory = Laboratory(config, budget, data, corpus, out, deadline, console)
+    laboratory = Laboratory(config, prepare_aloud(config.data, console), deadline, console)
     try:
         laboratory.work()
     except NonFiniteError:
@@ -74,6 +72,7 @@ def experiment(config: ExperimentConfig) -> Path:
         console.print(f"{why}: {len(laboratory.results)} runs are finished; the same command goes on", soft_wrap=True)
         raise
     laboratory.report(finished=True)
+    out = laboratory.out
     console.print(f"written: {out / 'report.md'}, {out / 'results.jsonl'} and figures", soft_wrap=True)
     return out
 
@@ -81,26 +80,23 @@ def experiment(config: ExperimentConfig) -> Path:
 class Laboratory:
     """Runs of the experiment, each made once and then remembered in its folder."""
 
-    def __init__(
-        self, config: ExperimentConfig, budget: Budget, data: DataConfig, corpus: Corpus, out: Path, deadline: float,
-        console: Console,
-    ) -> None:  # fmt: skip
-        self.config, self.budget, self.data, self.corpus = config, budget, data, corpus
-        self.out, self.deadline, self.console = out, deadline, console
+    def __init__(self, config: ExperimentConfig, corpus: Corpus, deadline: float, console: Console) -> None:
+        self.config, self.corpus, self.deadline, self.console = config, corpus, deadline, console
+        self.budget, self.out = config.filled(), Path(config.out)
         self.arms = arms(config.phases)
         self.results: dict[Path, dict[str, Any]] = {}  # by the run's folder
         self.lr: float | None = None  # not chosen yet
         sizes = [p.patch_size for arm in self.arms.values() for p in parse_phases(arm.phases)]
-        self.piece_tokens = budget.context * math.lcm(*sizes)
+        self.piece_tokens = self.budget.context * math.lcm(*sizes)
         self.tokens = self._tokens()
         self.settings = self._settings()
         for name in config.arms:  # each raises here, before any work, if it cannot be had
-            arm = self.train_config(name, 0, budget.lr, out / "runs", budget.minutes)
+            arm = self.train_config(name, 0, self.budget.lr, self.out / "runs", self.budget.minutes)
             arm.schedule(self.tokens)
             arm.learning_rate()
-        validation_rows(corpus.validation, budget.context, budget.eval_rows)
+        validation_rows(corpus.validation, self.budget.context, self.budget.eval_rows)
         self._claim_folder()
-        for file in (out / "runs").glob("*/result.json"):
+        for file in (self.out / "runs").glob("*/result.json"):
             self.results[file.parent] = _read_json(file, {"arm", "seed", "lr"})
 
     def work(self) -> None:
@@ -158,7 +154,7 @@ class Laboratory:
                 f"last {config.decay:g}: use a smaller warmup"
             )
         return TrainConfig(
-            out=str(folder), model=budget.model, data=self.data, tokens=round(arm.share * self.tokens),
+            out=str(folder), model=budget.model, data=config.data, tokens=round(arm.share * self.tokens),
             phases=arm.phases, batch_size=budget.batch_size, accumulation=config.accumulation, context=budget.context,
             piece_tokens=self.piece_tokens, lr=lr, warmup=warmup, decay=config.decay,
             bf16=budget.bf16, compile=budget.compile, device=config.device, seed=seed, eval_every=budget.eval_every,

@@ -91,9 +91,7 @@ def chosen_rate(folder: Path) -> float:
 
 
 def laboratory_of(config: ExperimentConfig) -> Laboratory:
-    budget = config.filled()
-    data = dataclasses.replace(config.data, vocab_size=budget.vocab_size)
-    return Laboratory(config, budget, data, prepare(data), Path(config.out), math.inf, Console(quiet=True))
+    return Laboratory(config, prepare(config.data), math.inf, Console(quiet=True))
 
 
 # The data
