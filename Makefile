@@ -27,7 +27,7 @@ test-others: $(VENV)/.installed-dev
 	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/oldest $(OLDEST)
 	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/torchtitan $(TORCHTITAN)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/oldest $(BIN)/pytest -p no:benchmark --numprocesses 2 \
-		tests/test_hf.py tests/test_hf_trainer.py $(ARGS)
+		tests/hf $(ARGS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torchtitan $(BIN)/pytest -p no:benchmark --numprocesses 2 \
 		tests/test_torchtitan.py $(ARGS)
 

@@ -1,1 +1,3 @@
-"""Benchmarks: ``pytest bench/ --benchmark-only``, then ``python -m bench.report FILE``."""
+"""Benchmarks of the operators and the training step beside their peers: ``pytest bench/ --benchmark-only``."""
+
+OURS = "patchkernels"  # the contender that the others are compared with

@@ -1,23 +1,24 @@
-"""K-token cross entropy with the head fused in: forward and backward, and the loss alone."""
+"""K-token cross entropy with the head fused in: the loss with its gradients, and the loss alone."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import peers, shapes
-from bench.compare import OURS, Comparison, Group, gradients
+from bench import OURS, peers, shapes
+from bench.compare import Comparison, Contender, Group, gradients
 from bench.conftest import device
 from bench.replay import replay
 from patchkernels import linear_patch_cross_entropy, reference
 
 pytestmark = pytest.mark.benchmark(timer=replay)
-LOW = "patchkernels, memory=low"
+LOW_MEMORY = "patchkernels, memory=low"
 FLOOR = "the bare matrix products"
-CONTENDERS = (OURS, LOW, "PatchTrain", "PatchTrain, compiled", "F.linear_cross_entropy",
+CONTENDERS = (OURS, LOW_MEMORY, "PatchTrain", "PatchTrain, compiled", "F.linear_cross_entropy",
               "F.linear_cross_entropy, chunked", "Liger", "CCE", "QuACK", "Megatron", FLOOR)  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def compare(shape: shapes.Linear, case: str) -> Comparison:
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
 
-    def contender(loss, leaves: list[Tensor] = leaves):
+    def contender(loss: Any, leaves: list[Tensor] = leaves) -> Contender:
         if case == "forward + backward":
             return lambda: gradients(lambda x, w: loss(x, w, target), leaves)
 
@@ -49,16 +50,16 @@ def compare(shape: shapes.Linear, case: str) -> Comparison:
 
         return loss_only
 
-    z = torch.randn(shape.N, shape.V, device=on, dtype=dtype)
+    logits = torch.randn(shape.N, shape.V, device=on, dtype=dtype)
 
     @torch.no_grad()
     def products() -> list[Tensor]:
-        logits = torch.mm(x, weight.T, out=z)
-        return [logits] if case == "loss only" else [z @ weight, z.T @ x]
+        torch.mm(x, weight.T, out=logits)
+        return [logits] if case == "loss only" else [logits @ weight, logits.T @ x]
 
     losses = {
         OURS: linear_patch_cross_entropy,
-        LOW: partial(linear_patch_cross_entropy, memory="low"),
+        LOW_MEMORY: partial(linear_patch_cross_entropy, memory="low"),
         **peers.linear_losses(on),
     }
     return Comparison(

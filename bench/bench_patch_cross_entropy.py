@@ -6,16 +6,18 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import peers, shapes
-from bench.compare import OURS, Comparison, Group, copy_of, gradients
+from bench import OURS, peers, shapes
+from bench.compare import Comparison, Group, copy_of, gradients
 from bench.conftest import device
+from bench.measure import Function
 from bench.replay import replay
 from patchkernels import patch_cross_entropy, reference
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 ONE_PASS = "patchkernels, loss and dlogits in place"
-CONTENDERS = (OURS, "PatchTrain", "PatchTrain, compiled", "dense targets", "Liger", "copy")
+CONTENDERS: tuple[str, ...] = (OURS, "PatchTrain", "PatchTrain, compiled", "dense targets", "Liger", "copy")
 if device().type == "cuda":
     CONTENDERS += (ONE_PASS,)
 
@@ -50,17 +52,20 @@ def compare(shape: shapes.Logits) -> Comparison:
         },
         exact=lambda: gradients(lambda z: reference.patch_cross_entropy(z, target), [wide]),
         floor="copy",
-        floors={"copy": copy_of(moved, on)} | in_one_pass(logits.detach().clone(), target),
+        floors={"copy": copy_of(moved, on)} | in_one_pass(logits.detach().clone(), target),  # may be overwritten
         bytes=moved,
     )
 
 
-def in_one_pass(logits, target) -> dict:
-    """What the fused linear loss does to a chunk of logits: our own buffer, so that dlogits replace them."""
+def in_one_pass(logits: Tensor, target: Tensor) -> dict[str, Function]:
+    """On a GPU, the kernel that the fused linear loss runs on a chunk of logits: dlogits replace the logits.
+
+    It is no contender, because it may be called only on logits that nobody needs afterwards, and is not checked.
+    """
     if ONE_PASS not in CONTENDERS:
         return {}
     from patchkernels.kernels.cross_entropy import loss_and_gradient_
-    from patchkernels.patch_cross_entropy import LossOptions
+    from patchkernels.numerics import LossOptions
 
     c = torch.full(target.shape, 1 / target.numel(), device=logits.device)
     losses = torch.empty_like(c)

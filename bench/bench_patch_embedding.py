@@ -1,15 +1,16 @@
-"""Patch embedding, forward and with its gradient."""
+"""Patch embedding: forward, and forward with the gradient of the table."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import peers, shapes
-from bench.compare import OURS, Comparison, Group, copy_of, gradients
+from bench import OURS, peers, shapes
+from bench.compare import Comparison, Contender, Group, copy_of, gradients
 from bench.conftest import device
 from bench.replay import replay
 from patchkernels import patch_embedding, reference
@@ -27,7 +28,11 @@ def groups(scale: str) -> list[Group]:
 
 
 def token_ids(shape: shapes.Embedding) -> Tensor:
-    """(N, K). Zipf: the id of rank r has probability ~ 1 / r, so that the first is about 9 % of V = 32000."""
+    """Ids of shape (N, K), the same at every call.
+
+    With ``"zipf"`` the r-th most frequent id has a probability proportional to 1 / r, as words have: the most frequent
+    one of V = 32000 makes about 9 % of the tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     if shape.ids == "uniform":
         ids = torch.randint(0, shape.V, (shape.tokens,), generator=generator)
@@ -45,19 +50,21 @@ def compare(shape: shapes.Embedding, case: str) -> Comparison:
     weight = torch.randn(shape.V, shape.D, device=on, dtype=dtype)
     patches, size = len(ids), weight.element_size()
     upstream = torch.randn(patches, shape.D, device=on, dtype=dtype)
-    ours = lambda ids, weight: patch_embedding(ids.flatten(), weight, shape.patch_size)  # noqa: E731
-    exact = lambda ids, weight: reference.patch_embedding(ids.flatten(), weight, shape.patch_size)  # noqa: E731
+
+    def flattened(function: Any) -> Any:
+        return lambda ids, weight: function(ids.flatten(), weight, shape.patch_size)
+
     functions = {
-        OURS: ours,
+        OURS: flattened(patch_embedding),
         "embedding().mean()": peers.embedding_mean,
         "embedding().mean(), compiled": torch.compile(peers.embedding_mean, dynamic=False),
         "F.embedding_bag": peers.embedding_bag,
     }
-    moved = size * shape.D * (ids.numel() + patches)  # rows of the table in, means out
+    moved = size * shape.D * (ids.numel() + patches)  # rows of the table are read, means written
     if case == "forward + backward":
-        moved += size * shape.D * (patches + shape.V)  # gradient of the patches in, of the table out
+        moved += size * shape.D * (patches + shape.V)  # gradients of the means are read, that of the table written
 
-    def contender(function, weight=weight, upstream=upstream):
+    def contender(function: Any, weight: Tensor = weight, upstream: Tensor = upstream) -> Contender:
         if case == "forward":
             return lambda: [function(ids, weight)]
         leaf = weight.detach().requires_grad_()
@@ -70,7 +77,7 @@ def compare(shape: shapes.Embedding, case: str) -> Comparison:
         dtype=dtype,
         device=on,
         contenders={name: contender(function) for name, function in functions.items()},
-        exact=contender(exact, weight.float(), upstream.float()),
+        exact=contender(flattened(reference.patch_embedding), weight.float(), upstream.float()),
         floor="copy",
         floors={"copy": copy_of(moved, on)},
         bytes=moved,

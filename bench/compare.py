@@ -1,4 +1,7 @@
-"""One comparison: contenders that compute the same thing, checked, timed in turn, each a case of the benchmark."""
+"""One comparison: contenders that compute the same thing are checked, then timed in turn.
+
+Each contender is a case of the benchmark, with its own entry in the JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,12 @@ from torch import Tensor
 from bench.measure import Function, bytes_of, interleaved, peak_extra_bytes, relative_errors
 from bench.peers import Missing
 
-OURS = "patchkernels"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative errors against fp32
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the relative error against fp32
 Contender = Callable[[], "list[Tensor]"]
 
 
 class Group(NamedTuple):
-    """A comparison that is yet to be made, and the contenders whose cases it gives."""
+    """A comparison that is made when its first case runs, and the contenders that are its cases."""
 
     id: str
     contenders: tuple[str, ...]
@@ -31,8 +33,8 @@ class Group(NamedTuple):
 class Comparison:
     """Contenders of one operator at one shape, and what was measured of them.
 
-    A contender is a function that computes the results, or a :class:`Missing` with the reason why it cannot run.
-    Floors compute no results: they are the hardware's limit, timed in the same rounds.
+    A contender is a function that returns its results, or a :class:`Missing` that says why it cannot run. Floors are
+    functions without results: they do the work that the hardware cannot avoid, and are timed in the same rounds.
     """
 
     operator: str
@@ -41,13 +43,15 @@ class Comparison:
     dtype: torch.dtype
     device: torch.device
     contenders: dict[str, Contender | Missing]
-    exact: Contender | None = None  # the eager definition in fp32, or None where nothing can be compared
-    floor: str | None = None
+    exact: Contender | None = None  # the eager definition in fp32; None where results are not comparable
+    floor: str | None = None  # the one of the floors that shares are taken of
     floors: dict[str, Function] = field(default_factory=dict)
     flops: int | None = None  # the fewest that the case needs
     bytes: int | None = None  # the fewest that the case moves
-    budget_seconds: float = 2.0
-    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # what else a contender's JSON says
+    budget_seconds: float = 2.0  # about how long all rounds may take together
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # more for the JSON, by contender
+
+    # What run() measures, by contender.
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     result_bytes: dict[str, int] = field(default_factory=dict)
@@ -56,14 +60,15 @@ class Comparison:
     @property
     def name(self) -> str:
         shape = " ".join(f"{key}={value}" for key, value in self.shape.items())
-        return f"{self.operator}, {self.case}, {shape}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.operator}, {self.case}, {shape}, {_name_of(self.dtype)}"
 
     @property
     def missing(self) -> dict[str, str]:
+        """The contenders that cannot run, with the reason."""
         return {name: c.reason for name, c in self.contenders.items() if isinstance(c, Missing)}
 
     def run(self) -> Comparison:
-        """Checks every contender, then times them in turn. A wrong result is an error of the benchmark."""
+        """Checks every contender, then times them in turn. ``AssertionError`` if a result is wrong."""
         running: dict[str, Any] = {n: c for n, c in self.contenders.items() if not isinstance(c, Missing)}
         exact = self.exact() if self.exact is not None else []
         for name, contender in running.items():
@@ -81,11 +86,11 @@ class Comparison:
         return self
 
     def ratio(self, name: str, other: str) -> float:
-        """Time of ``name`` over that of ``other``: the median of the rounds' ratios."""
+        """The time of ``name`` over that of ``other``: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other]))
 
     def info(self, name: str) -> dict[str, Any]:
-        """What a case's JSON says beside its times."""
+        """What the JSON says of a contender beside its times."""
         median = statistics.median(self.seconds[name])
         quartiles = statistics.quantiles(self.seconds[name], n=4)
         values = {
@@ -93,7 +98,7 @@ class Comparison:
             "case": self.case,
             "contender": name,
             "shape": self.shape,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": _name_of(self.dtype),
             "median_seconds": median,
             "spread": (quartiles[2] - quartiles[0]) / median,  # interquartile range over median
             "ratio_to": {other: self.ratio(name, other) for other in self.seconds if other != name},
@@ -112,15 +117,19 @@ class Comparison:
         return values
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor], upstream: Tensor | None = None) -> list[Tensor]:
-    """The result and its gradients."""
+    """The function's result and the gradients of its arguments."""
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 @functools.cache
 def copy_of(size: int, device: torch.device) -> Function:
-    """A function that moves ``size`` bytes: reads half of them and writes half."""
+    """A function that moves ``size`` bytes: it reads half of them and writes the other half."""
     source = torch.empty(max(size // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

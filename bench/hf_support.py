@@ -1,11 +1,14 @@
-"""Which causal language models of the installed transformers take patch steps: every one at a tiny size.
+"""Finds out which causal language models of the installed transformers take patch steps, each at a tiny size.
 
-    python -m bench.hf_support                        writes docs/hf-support.md
-    python -m bench.hf_support --out "" llama gemma2  prints the rows of some
+    python bench/hf_support.py                        writes docs/hf-support.md
+    python bench/hf_support.py --out "" llama gemma2  only prints what it finds, for some model types
 
-A model's token loss and gradients, unmodified, against its loss and gradients on every token K times in patches; and
-the loss of random tokens against one formed by hand from mean embeddings. Exit code 1 if a model that was enabled
-is wrong.
+It is run as a script, with patchkernels installed, so that the checkout is not on ``sys.path``: transformers imports
+any module named ``kernels``, and in a checkout that is a folder of ours.
+
+Two checks of every model. Its loss and gradients on tokens that are each repeated K times, in patches of K, must be
+those of the unmodified model on the tokens. And its loss on random tokens must be one that is computed here from mean
+embeddings. The exit code is 1 if a model that could be enabled fails a check.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
-import sys
+import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -22,17 +25,15 @@ from typing import Any
 
 import torch
 
-import patchkernels
 from patchkernels import hf, next_patch_targets, reference
+from patchkernels.numerics import IGNORE_INDEX
 
-CHECKOUT = Path(patchkernels.__file__).parents[1]
-# transformers imports whatever answers to "kernels"; with the package imported, the checkout may leave the path
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
-
+CHECKOUT = Path(__file__).resolve().parents[1]
 PATCH_SIZE = 3
-TOLERANCE = 1e-4  # relative; fp32 models, and transformers takes its own loss in fp32
-LARGEST = 100_000_000  # parameters
+TOLERANCE = 1e-4  # relative, for models in fp32
+MAX_PARAMETERS = 100_000_000
 
+# Values for whatever of these fields a configuration has.
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim": 32, "n_layer": 2,
     "num_layers": 2, "n_layers": 2, "num_hidden_layers": 4, "num_decoder_layers": 2, "decoder_layers": 2,
@@ -51,8 +52,8 @@ SMALL = {
     "vision_output_dim": 32, "num_global_layers": 2, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4,
     "encoder_hidden_size": 32, "mm_tokens_per_image": 4, "layerdrop": 0.0,
 }  # fmt: skip
-# what the table above does not make a whole model of
-ABSENT = object()
+ABSENT = object()  # a field that is to keep its default
+# Values for model types that cannot be built from the table above.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {
@@ -72,17 +73,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 12},
     "zaya": {"num_experts_per_tok": 1},
 }
-UNSET = ("n_inner", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")  # even where they are None
+# Fields that are set even where the default is None.
+UNSET = ("n_inner", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @dataclass
 class Row:
-    """One model type: what it is, and how far its patch steps are from exact."""
+    """What was found of one model type: a line of the page."""
 
     kind: str
     architecture: str
     verdict: str  # fused, materialised, refused, not built, wrong
-    loss: float = float("nan")
+    loss: float = float("nan")  # relative errors, NaN where there is nothing to compare
     gradient: float = float("nan")
     random: float = float("nan")
     reason: str = ""
@@ -93,29 +95,29 @@ def tiny(kind: str, architecture: str) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    # of several, the causal model may take the text's alone
-    own = getattr(transformers, architecture).config_class
-    config = shrink(own if own is not None else CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
+    # A model type may have a configuration for several kinds of input, and its causal model one for text alone.
+    config_class = getattr(transformers, architecture).config_class
+    config = shrink(config_class if config_class is not None else CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
 
 
 def shrink(cls: Any, special: dict[str, Any]) -> Any:
-    """The configuration with the fields that it has of the table above, and those within it."""
+    """A configuration of that class, and the configurations inside it, with the values of ``SMALL``."""
     default = cls()
     fields: dict[str, Any] = {}
     for name, value in SMALL.items():
         fixed = isinstance(getattr(cls, name, None), property) and getattr(cls, name).fset is None
         try:
             present = hasattr(default, name) and not fixed
-            given = present and (getattr(default, name) is not None or name in UNSET)
+            wanted = present and (getattr(default, name) is not None or name in UNSET)
         except Exception:  # a field that differs from layer to layer
             continue
-        if given:
+        if wanted:
             fields[name] = value
     if "qk_rope_head_dim" in fields and "head_dim" in fields:
-        fields["head_dim"] = fields["qk_rope_head_dim"]  # of latent attention's rotary part
+        fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention rotates a part of each head only
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = SMALL["num_attention_heads"]
     for name in getattr(cls, "sub_configs", {}):
@@ -123,20 +125,20 @@ def shrink(cls: Any, special: dict[str, Any]) -> Any:
             fields[name] = shrink(type(getattr(default, name)), {}).to_dict()
     layers = vars(default).get("layer_types")
     if layers and "layer_types" not in special:
-        kinds = list(dict.fromkeys(layers))  # one layer of each kind at least
+        kinds = list(dict.fromkeys(layers))  # at least one layer of each kind
         fields["layer_types"] = (kinds * 4)[: max(4, len(kinds))]
         fields["num_hidden_layers"] = len(fields["layer_types"])
     return cls(**{name: value for name, value in {**fields, **special}.items() if value is not ABSENT})
 
 
 def build(architecture: str, config: Any) -> Any:
-    """In fp64 where the model can, weights far from the small numbers of a fresh one."""
+    """The model in fp32, with weights far from the small numbers of a fresh one."""
     import transformers
 
     make = getattr(transformers, architecture)._from_config
     with torch.device("meta"):
         count = sum(p.numel() for p in make(config, attn_implementation="eager").parameters())
-    if count > LARGEST:
+    if count > MAX_PARAMETERS:
         raise ValueError(f"{count:,} parameters: the tiny configuration is not tiny")
     torch.manual_seed(0)
     model = make(config, attn_implementation="eager")
@@ -156,52 +158,58 @@ def loss_and_gradients(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def judge(kind: str, architecture: str, model: Any) -> Row:
-    """Enables the model and compares; what :func:`patchkernels.hf.enable` says of it, or ``wrong``."""
+    """Enables the model and compares; the verdict is that of :func:`patchkernels.hf.enable`, or ``wrong``."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 64, (2, 6), generator=generator)
     labels = ids.clone()
-    labels[0, :2] = -100
+    labels[0, :2] = IGNORE_INDEX
+    random_ids = torch.randint(3, 64, (2, 6 * PATCH_SIZE), generator=generator)
+    failure = ""
     try:
         loss, gradients = loss_and_gradients(model, ids, labels)
-        many = torch.randint(3, 64, (2, 6 * PATCH_SIZE), generator=generator)
-        means = model.get_input_embeddings()(many).unflatten(1, (-1, PATCH_SIZE)).mean(2)
-        with torch.no_grad():
-            targets = next_patch_targets(many, PATCH_SIZE)
-            by_hand = float(reference.patch_cross_entropy(model(inputs_embeds=means).logits.float(), targets))
+        random_loss = loss_of_means(model, random_ids)
     except Exception as error:
-        loss, gradients, by_hand = float("nan"), [], float("nan")
-        own = f"{type(error).__name__}: {error}"
-    else:
-        own = ""
+        failure = f"{type(error).__name__}: {error}"
     try:
         hf.enable(model, PATCH_SIZE)
     except Exception as error:
         return Row(kind, architecture, "refused", reason=f"{type(error).__name__}: {error}")
-    if own:
-        return Row(kind, architecture, "not built", reason=f"its own loss or gradients fail: {own}")
-    repeated = (t.repeat_interleave(PATCH_SIZE, 1) for t in (ids, labels))
-    found, ours = loss_and_gradients(model, *repeated)
+    if failure:
+        return Row(kind, architecture, "not built", reason=f"its own loss or gradients fail: {failure}")
+    repeated = (tensor.repeat_interleave(PATCH_SIZE, 1) for tensor in (ids, labels))
+    patch_loss, patch_gradients = loss_and_gradients(model, *repeated)
     model.zero_grad()
     with torch.no_grad():
-        random = model(input_ids=many, labels=many).loss.item()
-    if len(ours) != len(gradients):
-        return Row(kind, architecture, "wrong", reason=f"{len(ours)} gradients, {len(gradients)} of the tokens")
+        random_patch_loss = model(input_ids=random_ids, labels=random_ids).loss.item()
+    if len(patch_gradients) != len(gradients):
+        reason = f"{len(patch_gradients)} gradients, {len(gradients)} of the tokens"
+        return Row(kind, architecture, "wrong", reason=reason)
     size = sum(float(g.norm() ** 2) for g in gradients) ** 0.5
-    distance = sum(float((a - b).norm() ** 2) for a, b in zip(ours, gradients)) ** 0.5
-    errors = (abs(found / loss - 1), distance / size, abs(random / by_hand - 1))
-    if auxiliary(model):  # MoE losses are in the model's loss and not in the one formed by hand
+    distance = sum(float((a - b).norm() ** 2) for a, b in zip(patch_gradients, gradients)) ** 0.5
+    errors = (abs(patch_loss / loss - 1), distance / size, abs(random_patch_loss / random_loss - 1))
+    if has_auxiliary_loss(model):  # the loss that is computed here lacks it
         errors = (*errors[:2], float("nan"))
-    verdict = "fused" if model._patch.map is not None else "materialised"
-    if not all(error != error or error <= TOLERANCE for error in errors) or errors[0] != errors[0]:
+    verdict = "fused" if hf.is_fused(model) else "materialised"
+    if not all(math.isnan(error) or error <= TOLERANCE for error in errors) or math.isnan(errors[0]):
         verdict = "wrong"
     return Row(kind, architecture, verdict, *errors)
 
 
-def auxiliary(model: Any) -> bool:
+@torch.no_grad()
+def loss_of_means(model: Any, ids: torch.Tensor) -> float:
+    """The loss of a patch step, computed outside of the model from the mean embeddings that it is given."""
+    means = model.get_input_embeddings()(ids).unflatten(1, (-1, PATCH_SIZE)).mean(2)
+    targets = next_patch_targets(ids, PATCH_SIZE)
+    return float(reference.patch_cross_entropy(model(inputs_embeds=means).logits.float(), targets))
+
+
+def has_auxiliary_loss(model: Any) -> bool:
+    """Whether the model adds a loss of its own, as mixtures of experts do."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 
 def examine(kind: str, architecture: str) -> Row:
+    """Builds the model of that type and judges it."""
     try:
         model = build(architecture, tiny(kind, architecture))
     except Exception as error:
@@ -210,7 +218,7 @@ def examine(kind: str, architecture: str) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The page."""
+    """The page ``docs/hf-support.md``."""
     import transformers
 
     counts = Counter(row.verdict for row in rows)
@@ -218,7 +226,7 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Models of Hugging Face transformers", "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, {datetime.date.today()}; made by "
-        "`python -m bench.hf_support`.", "",
+        "`python bench/hf_support.py`.", "",
         f"Of {len(rows)} model types with a causal language model: {exact} exact ({counts['fused']} fused, "
         f"{counts['materialised']} materialised), {counts['refused']} refused, {counts['not built']} not built at a "
         f"tiny size, {counts['wrong']} wrong.", "",
@@ -230,7 +238,7 @@ def table(rows: list[Row]) -> str:
         "| model type | class | | loss | gradients | random | reason |", "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in rows:
-        errors = [f"{e:.0e}" if e == e else "" for e in (row.loss, row.gradient, row.random)]
+        errors = ["" if math.isnan(error) else f"{error:.0e}" for error in (row.loss, row.gradient, row.random)]
         reason = " ".join(row.reason.split()).replace("|", "\\|")
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
         lines.append(f"| {row.kind} | {row.architecture} | {row.verdict} | {' | '.join(errors)} | {reason} |")

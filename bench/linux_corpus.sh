@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Debian's linux-source as one Parquet file of text, without any hub; a slice of it with MEGABYTES:
+# Makes one Parquet file of text from Debian's linux-source package; with MEGABYTES, from a part of it:
 #   bench/linux_corpus.sh OUT.parquet [MEGABYTES]
 # Needs apt-get, dpkg-deb, tar, xz and the patchkernels command (or $PATCHKERNELS). The text is under GPL-2.0.
 set -euo pipefail

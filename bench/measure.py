@@ -1,4 +1,4 @@
-"""How everything here is measured: interleaved device times, peak memory, errors against the eager definition."""
+"""How everything here is measured: times in interleaved rounds, peak memory, errors against the eager definition."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], Any]
-L2_BYTES = 2**28  # written between two timed calls: more than any GPU's L2 holds
-HEAD_START = 200_000  # clock cycles that a GPU waits so that the host has queued the whole call: about 0.1 ms
+L2_BYTES = 2**28  # written between two timed calls: more than the L2 cache of any GPU holds
+HEAD_START = 200_000  # clock cycles, about 0.1 ms, that a GPU waits until the host has queued the whole call
 MIN_ROUNDS, MAX_ROUNDS = 4, 30
 
 
 def interleaved(functions: dict[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, in rounds A B C A B C ..., so that drift of the clocks hits all alike.
+    """Seconds a call, in rounds A B C A B C ..., so that all functions suffer alike when the clocks drift.
 
-    ``seconds`` is about how long the rounds may take; there are at least ``MIN_ROUNDS`` of them, after one for warmth.
-    On CUDA these are device times between events, the L2 cache flushed before each call.
+    ``seconds`` is about how long all rounds may take together. There are between ``MIN_ROUNDS`` and ``MAX_ROUNDS`` of
+    them, after one that warms up and does not count. On CUDA the times are the device's, taken between events, and the
+    L2 cache is flushed before each call.
     """
     timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
     first = timed(functions)
@@ -53,7 +55,10 @@ def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:
-    """The most that a call, not its first, holds at a time beyond what was there, its results included."""
+    """The most memory that a call holds at a time beyond what was allocated before it; its results count.
+
+    Call the function once before, so that what it allocates only the first time does not count.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -63,8 +68,6 @@ def peak_extra_bytes(function: Function, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated() - before
         del results
         return peak
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         results = function()
     del results
@@ -84,5 +87,5 @@ def relative_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[
 
 
 def bytes_of(results: Any) -> int:
-    """Of the tensors that a call returns."""
+    """The size of the tensors that a call returned."""
     return sum(t.numel() * t.element_size() for t in results if isinstance(t, Tensor))

@@ -1,4 +1,7 @@
-"""What people would otherwise use, each found or listed as missing with the reason."""
+"""What people would otherwise use: other libraries' functions, and plain PyTorch code from papers.
+
+A peer that cannot run is a :class:`Missing` with the reason, which the benchmark lists.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Missing:
+    """Stands for a peer that cannot run here."""
+
     reason: str
 
 
 def optional(distribution: str, module: str) -> Any:
-    """The module, or why it is missing."""
+    """The module of a distribution, or why it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -26,7 +31,10 @@ def optional(distribution: str, module: str) -> Any:
 
 
 def on_gpu(distribution: str, module: str, device: torch.device, majors: range | None = None) -> Any:
-    """The same for one that needs a GPU. ``majors``: the compute capabilities that it has kernels for."""
+    """The module of a distribution that needs a GPU, or why it is missing.
+
+    ``majors`` are the major numbers of the compute capabilities that it has kernels for; None: all.
+    """
     found = optional(distribution, module)
     if isinstance(found, Missing):
         return found
@@ -38,11 +46,11 @@ def on_gpu(distribution: str, module: str, device: torch.device, majors: range |
 
 
 def bind(found: Any, make: Callable[[Any], Callable[..., Any]]) -> Any:
-    """``make(found)``, unless it is missing."""
+    """``make(found)``; a :class:`Missing` stays what it is."""
     return found if isinstance(found, Missing) else make(found)
 
 
-# K-token losses: each takes (..., target (N, K))
+# K-token losses of given logits. Each takes logits (N, V) and target (N, K).
 
 
 def patch_train(logits: Tensor, target: Tensor) -> Tensor:
@@ -52,16 +60,18 @@ def patch_train(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def dense_targets(logits: Tensor, target: Tensor) -> Tensor:
-    """One distribution over the vocabulary a row, built for every batch."""
+    """PyTorch's cross entropy against a distribution over the vocabulary, which is built for every row of a batch."""
     share = torch.full((), 1 / target.shape[1], dtype=logits.dtype, device=logits.device)
     dense = torch.zeros_like(logits).scatter_add_(1, target, share.expand_as(target))
     return F.cross_entropy(logits, dense)
 
 
 def liger_cross_entropy(device: torch.device) -> Any:
+    """Liger's cross entropy of one target a row, once a slot."""
+
     def make(liger: Any) -> Callable[..., Tensor]:
         def loss(logits: Tensor, target: Tensor) -> Tensor:
-            # it writes the gradient over its input: every slot, and every round, needs logits of its own
+            # Liger writes the gradient over its input, so every call needs a copy of the logits.
             return torch.stack([liger.liger_cross_entropy(logits.clone(), t) for t in target.T]).mean()
 
         return loss
@@ -69,15 +79,16 @@ def liger_cross_entropy(device: torch.device) -> Any:
     return bind(on_gpu("liger-kernel", "liger_kernel.transformers.functional", device), make)
 
 
-# fused linear losses: each takes (input (N, D), weight (V, D), target (N, K))
+# Losses with the head fused in. Each takes input (N, D), weight (V, D) and target (N, K).
 
 
 def patch_train_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """A matrix product, then PatchTrain's loss."""
     return patch_train(x @ weight.T, target)
 
 
 def rows_repeated(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A loss for one target a row, given K of them: each row K times."""
+    """Makes a loss of one target a row a loss of K targets a row: every row is repeated K times."""
 
     def repeated(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         slots = target.shape[1]
@@ -87,7 +98,7 @@ def rows_repeated(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[
 
 
 def linear_losses(device: torch.device) -> dict[str, Any]:
-    """Every peer in its best way of doing K targets a row."""
+    """Every peer, computing K targets a row in the best way that it offers."""
     chunked: Any = Missing("F.linear_cross_entropy came with torch 2.13")
     whole = chunked
     if hasattr(F, "linear_cross_entropy"):
@@ -111,7 +122,10 @@ def linear_losses(device: torch.device) -> dict[str, Any]:
 
 
 def _cut_cross_entropy(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``lse - x . mean_k W[t_k]``: the loss of the first target, its logit exchanged for the mean of all; no filter."""
+    """CCE's loss for K targets a row: ``lse - x . mean_k W[t_k]``, without its filter of small gradients.
+
+    CCE gives ``lse - x . W[t_0]``, the loss of the first target; the difference is added with plain PyTorch.
+    """
 
     def shared(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         first = loss(x, weight, target[:, 0], filter_eps=None)
@@ -123,12 +137,14 @@ def _cut_cross_entropy(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor,
     return shared
 
 
-# patch embedding: each takes (ids (N, K), weight (V, D))
+# Patch embedding. Each takes ids (N, K) and weight (V, D).
 
 
 def embedding_mean(ids: Tensor, weight: Tensor) -> Tensor:
+    """Looks every token up, (N, K, D), and takes the mean of each patch."""
     return F.embedding(ids, weight).mean(-2)
 
 
 def embedding_bag(ids: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's fused look-up and mean."""
     return F.embedding_bag(ids, weight, mode="mean")

@@ -1,4 +1,9 @@
-"""A timer that gives pytest-benchmark the rounds that were measured in turn with those of the other contenders."""
+"""A clock for pytest-benchmark that repeats times measured before.
+
+Contenders are timed in turn, A B C A B C ..., which pytest-benchmark cannot do: it finishes one case before it begins
+the next. So they are timed by :mod:`bench.measure`, and pytest-benchmark, given this clock, measures empty functions
+whose rounds seem to take as long as those did.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,14 @@ from itertools import accumulate
 
 
 class Replay:
-    """Each pair of calls, the start and the end of a round, is as far apart as the round was long."""
+    """Called at the start and at the end of each round, it returns times that lie that round's seconds apart."""
 
     def __init__(self) -> None:
         self.times: Iterator[float] = iter(())
 
     @contextmanager
-    def of(self, seconds: list[float]) -> Iterator[None]:
+    def rounds(self, seconds: list[float]) -> Iterator[None]:
+        """Within this context the clock repeats rounds of these lengths."""
         ends = list(accumulate(seconds))
         self.times = iter([time for start, end in zip([0.0, *ends], ends) for time in (start, end)])
         yield

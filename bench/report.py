@@ -1,7 +1,7 @@
 """Tables and figures of benchmark results: ``python -m bench.report FILE...``.
 
-Prints Markdown, and draws PNGs beside each file: contenders with the floor as a line, a roofline, the parts of a
-training step, and cost over K.
+It prints Markdown tables and draws figures beside each file: the contenders' times with the floor as a line, a
+roofline, the parts of a training step, and the cost of a run over K.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-OURS = "patchkernels"
-SHARE = 2 / 3  # lambda, the share of the data read in patches
-# dense bf16 TFLOP/s of the vendor's data sheet; elsewhere the product that the run itself measured
-DATA_SHEET = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-Case = dict[str, Any]
+from bench import OURS
+
+SHARE = 2 / 3  # lambda: the share of the data that the run of the cost tables reads in patches
+DATA_SHEET = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16 TFLOP/s, from the vendor
+Case = dict[str, Any]  # what Comparison.info says of a contender
 
 
 def load(file: Path) -> tuple[dict[str, Any], dict[str, list[Case]]]:
-    """What is said of the machine, and the cases by comparison. ``ValueError`` for a file of something else."""
+    """The machine that a file's results are of, and the cases of each comparison. ``ValueError`` for another file."""
     try:
         content = json.loads(file.read_text())
         content["machine_info"]["peak"]
@@ -33,13 +34,13 @@ def load(file: Path) -> tuple[dict[str, Any], dict[str, list[Case]]]:
     return machine, groups
 
 
-def of(groups: dict[str, list[Case]], operator: str, **shape: Any) -> list[list[Case]]:
-    """The comparisons of an operator, those of a shape if one is given."""
-    found = [cases for cases in groups.values() if cases[0]["operator"] == operator]
-    return [cases for cases in found if all(cases[0]["shape"].get(k) == v for k, v in shape.items())]
+def comparisons_of(groups: dict[str, list[Case]], operator: str) -> list[list[Case]]:
+    """The comparisons of an operator, each the list of its cases."""
+    return [cases for cases in groups.values() if cases[0]["operator"] == operator]
 
 
 def header(machine: dict[str, Any]) -> str:
+    """Device, versions, commit, date and measured peaks in one line."""
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v != "not installed")
     absent = ", ".join(name for name, v in machine["versions"].items() if v == "not installed")
     on_gpu = machine["device_type"] == "cuda"
@@ -53,33 +54,30 @@ def header(machine: dict[str, Any]) -> str:
 
 
 def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def milliseconds(case: Case) -> str:
+    """The median, and half the interquartile range in percent of it."""
     return f"{case['median_seconds'] * 1e3:.4g} ± {case['spread'] * 50:.0f} %"
 
 
 def comparison_table(groups: list[list[Case]]) -> str:
-    """One row a contender: time, ratio to ours, rate, share of the floor, memory beyond the results, error."""
+    """A row a contender: time, ratio to ours, rate, share of the floor, memory beyond the results, largest error."""
     rows = []
     for cases in groups:
         first = cases[0]
         shape = " ".join(f"{key}={value}" for key, value in first["shape"].items())
         for index, case in enumerate(sorted(cases, key=lambda c: c["median_seconds"])):
-            rate = ""
-            if "tflops_per_second" in case:
-                rate = f"{case['tflops_per_second']:.3g} TFLOP/s"
-            elif "gigabytes_per_second" in case:
-                rate = f"{case['gigabytes_per_second']:.3g} GB/s"
             extra = (case["peak_extra_bytes"] - case["result_bytes"]) / 2**20 if "peak_extra_bytes" in case else None
             rows.append([
                 f"{first['case']}, {shape}, {first['dtype']}" if index == 0 else "",
                 case["contender"],
                 milliseconds(case),
                 f"{1.0 if case['contender'] == OURS else case['ratio_to'][OURS]:.2f}",
-                rate,
+                rate(case),
                 f"{case['share_of_floor']:.0%}" if "share_of_floor" in case else "",
                 "" if extra is None else f"{extra:.1f}",
                 f"{max(case['relative_errors']):.1e}" if "relative_errors" in case else "",
@@ -90,11 +88,24 @@ def comparison_table(groups: list[list[Case]]) -> str:
     return table(columns, rows)
 
 
+def rate(case: Case) -> str:
+    """FLOPs a second where they are counted, else bytes a second, else nothing."""
+    if "tflops_per_second" in case:
+        return f"{case['tflops_per_second']:.3g} TFLOP/s"
+    if "gigabytes_per_second" in case:
+        return f"{case['gigabytes_per_second']:.3g} GB/s"
+    return ""
+
+
 def steps(groups: dict[str, list[Case]]) -> list[tuple[dict[str, Any], dict[str, Case]]]:
-    return [(cases[0]["shape"], {c["contender"]: c for c in cases}) for cases in of(groups, "training step")]
+    """The comparisons of training steps: their shape, and their cases by contender."""
+    return [
+        (cases[0]["shape"], {c["contender"]: c for c in cases}) for cases in comparisons_of(groups, "training step")
+    ]
 
 
 def peak_tflops(machine: dict[str, Any]) -> tuple[float, str]:
+    """What utilisation is a share of, and where it is from: the data sheet, or the product that the run measured."""
     for name, value in DATA_SHEET.items():
         if name in machine["device"]:
             return value, "data sheet"
@@ -102,6 +113,7 @@ def peak_tflops(machine: dict[str, Any]) -> tuple[float, str]:
 
 
 def step_table(machine: dict[str, Any], groups: dict[str, list[Case]]) -> str:
+    """A row a training step: time, raw tokens a second, against K = 1, FLOP utilisation, memory."""
     peak, source = peak_tflops(machine)
     rows = []
     for shape, cases in steps(groups):
@@ -121,13 +133,16 @@ def step_table(machine: dict[str, Any], groups: dict[str, list[Case]]) -> str:
 
 
 def speed_up(base: Case, case: Case) -> float:
-    """Raw tokens a second over those of ``base``."""
+    """The raw tokens that a step reads in a second, over those of the step ``base``."""
     ratio = 1.0 if case is base else case["ratio_to"][base["contender"]]
     return float(case["raw_tokens"] / base["raw_tokens"] / ratio)
 
 
 def costs(cases: dict[str, Case], share: float = SHARE) -> dict[int, tuple[float, float]]:
-    """K to the cost of a run with ``share`` of its data in patches: in seconds and in counted FLOPs."""
+    """For each K the cost of a run with ``share`` of its data in patches of K, against a run without patches.
+
+    The pair is the cost in seconds and the cost in counted FLOPs.
+    """
     base = cases["PatchLM, K=1"]
     found = {}
     for case in cases.values():
@@ -139,6 +154,7 @@ def costs(cases: dict[str, Case], share: float = SHARE) -> dict[int, tuple[float
 
 
 def cost_table(groups: dict[str, list[Case]]) -> str:
+    """A row a model and K: the cost of a run as measured, as counted, and by the formula."""
     rows = [
         [shape["preset"], str(k), f"{seconds:.3f}", f"{flops:.3f}", f"{SHARE / k + 1 - SHARE:.3f}"]
         for shape, cases in steps(groups)
@@ -148,24 +164,27 @@ def cost_table(groups: dict[str, list[Case]]) -> str:
 
 
 def report(file: Path) -> str:
+    """The results in ``file`` as Markdown."""
     machine, groups = load(file)
     titles = {
         "patch_embedding": "Patch embedding",
         "patch_cross_entropy": "Cross entropy of given logits",
         "linear_patch_cross_entropy": "Fused linear cross entropy",
     }
-    parts = [header(machine)]
+    sections = [header(machine)]
     for operator, title in titles.items():
-        if of(groups, operator):
-            parts += [f"### {title}", comparison_table(of(groups, operator))]
+        if found := comparisons_of(groups, operator):
+            sections += [f"### {title}", comparison_table(found)]
     if steps(groups):
-        parts += ["### Training step", step_table(machine, groups)]
-        parts += ["### Cost of a run with 2/3 of its data in patches", cost_table(groups)]
-    return "\n\n".join(parts)
+        sections += ["### Training step", step_table(machine, groups)]
+        sections += ["### Cost of a run with 2/3 of its data in patches", cost_table(groups)]
+    return "\n\n".join(sections)
 
 
 def draw(file: Path) -> list[Path]:
-    """The PNGs, beside the file."""
+    """Draws the figures that the results in ``file`` allow, as PNGs beside it, and returns their paths."""
+    from patchkernels.files import replace_file  # here, because it brings torch, which the tables do not need
+
     machine, groups = load(file)
     drawn = []
     for name, function in FIGURES.items():
@@ -173,9 +192,7 @@ def draw(file: Path) -> list[Path]:
         if figure is not None:
             figure.suptitle(f"{machine['device']}, {machine['date'][:10]}", fontsize=9)
             drawn.append(file.with_name(f"{file.stem}-{name}.png"))
-            temporary = drawn[-1].with_suffix(".tmp")
-            figure.savefig(temporary, dpi=110, format="png")
-            temporary.replace(drawn[-1])
+            replace_file(drawn[-1], partial(figure.savefig, dpi=110, format="png"))
     return drawn
 
 
@@ -189,8 +206,11 @@ def _figure(width: float, height: float) -> Any:
 
 
 def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) -> Any:
-    """Milliseconds of every contender, the floor a dashed line; bars of more than five times ours are cut off."""
-    found = of(groups, operator)
+    """The time of every contender as a bar and the floor as a dashed line, a plot a comparison; None without any.
+
+    Bars are cut off at five times our own time, so that a slow peer does not hide the differences.
+    """
+    found = comparisons_of(groups, operator)
     if not found:
         return None
     columns = min(len(found), 4)
@@ -198,49 +218,54 @@ def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) 
     figure = _figure(4.2 * columns, 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, cases in zip(axes, found):
-        floor = cases[0].get("floor")
-        shown = sorted((c for c in cases if c["contender"] != floor), key=lambda c: -c["median_seconds"])
-        colors = ["tab:blue" if c["contender"].startswith(OURS) else "0.7" for c in shown]
-        axis.barh([c["contender"] for c in shown], [c["median_seconds"] * 1e3 for c in shown], color=colors)
-        ours = next(c["median_seconds"] for c in cases if c["contender"] == OURS) * 1e3
-        right = min(max(c["median_seconds"] for c in shown) * 1e3, 5 * ours)
-        axis.set_xlim(0, 1.15 * right)
-        for height, case in enumerate(shown):
-            value = case["median_seconds"] * 1e3
-            axis.text(min(value, right), height, f" {value:.3g}", va="center", fontsize=6)
-        for case in cases:
-            if case["contender"] == floor:
-                axis.axvline(case["median_seconds"] * 1e3, color="tab:red", linestyle="--", linewidth=1)
-        shape = " ".join(f"{key}={value}" for key, value in cases[0]["shape"].items())
-        axis.set_title(f"{cases[0]['case']}\n{shape}", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("ms", fontsize=7)
+        _draw_bars(axis, cases)
     for axis in axes[len(found) :]:
         axis.set_axis_off()
     return figure
 
 
+def _draw_bars(axis: Any, cases: list[Case]) -> None:
+    floor = cases[0].get("floor")
+    shown = sorted((c for c in cases if c["contender"] != floor), key=lambda c: -c["median_seconds"])
+    colors = ["tab:blue" if c["contender"].startswith(OURS) else "0.7" for c in shown]
+    axis.barh([c["contender"] for c in shown], [c["median_seconds"] * 1e3 for c in shown], color=colors)
+    ours = next(c["median_seconds"] for c in cases if c["contender"] == OURS) * 1e3
+    right = min(max(c["median_seconds"] for c in shown) * 1e3, 5 * ours)
+    axis.set_xlim(0, 1.15 * right)
+    for height, case in enumerate(shown):
+        value = case["median_seconds"] * 1e3
+        axis.text(min(value, right), height, f" {value:.3g}", va="center", fontsize=6)
+    for case in cases:
+        if case["contender"] == floor:
+            axis.axvline(case["median_seconds"] * 1e3, color="tab:red", linestyle="--", linewidth=1)
+    shape = " ".join(f"{key}={value}" for key, value in cases[0]["shape"].items())
+    axis.set_title(f"{cases[0]['case']}\n{shape}", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("ms", fontsize=7)
+
+
 def roofline(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """Our operators under the measured roofs: FLOP/s over FLOPs a byte, the fewest bytes that a case can move."""
+    """Our operators under the roofs that the device reached: FLOP/s over FLOPs a byte.
+
+    The bytes are the fewest that a case can move. None without any case.
+    """
     flops, bandwidth = machine["peak"]["tflops_per_second"], machine["peak"]["gigabytes_per_second"] / 1e3
+    markers = {"patch_embedding": "o", "patch_cross_entropy": "s", "linear_patch_cross_entropy": "^"}
     points = []
-    for operator, marker in (
-        ("patch_embedding", "o"),
-        ("patch_cross_entropy", "s"),
-        ("linear_patch_cross_entropy", "^"),
-    ):
-        for case in (c for cases in of(groups, operator) for c in cases if c["contender"] == OURS):
+    for operator in markers:
+        for case in (c for cases in comparisons_of(groups, operator) for c in cases if c["contender"] == OURS):
             work, moved = work_of(case)
-            points.append((operator, marker, work / moved, work / case["median_seconds"] / 1e12))
+            points.append((operator, work / moved, work / case["median_seconds"] / 1e12))
     if not points:
         return None
     figure = _figure(6, 4)
     axis = figure.subplots()
-    lowest, highest = min(p[2] for p in points) / 2, max(*(p[2] for p in points), flops / bandwidth) * 4
+    lowest, highest = min(x for _, x, _ in points) / 2, max(*(x for _, x, _ in points), flops / bandwidth) * 4
     axis.plot([lowest, flops / bandwidth, highest], [lowest * bandwidth, flops, flops], color="tab:red", linewidth=1)
-    for operator in dict.fromkeys(p[0] for p in points):
-        mine = [p for p in points if p[0] == operator]
-        axis.scatter([p[2] for p in mine], [p[3] for p in mine], marker=mine[0][1], label=operator, s=18)
+    for operator, marker in markers.items():
+        found = [(x, y) for name, x, y in points if name == operator]
+        if found:
+            axis.scatter(*zip(*found), marker=marker, label=operator, s=18)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
@@ -248,17 +273,22 @@ def roofline(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
 
 
 def work_of(case: Case) -> tuple[float, float]:
-    """FLOPs and the fewest bytes. Embedding: an addition an element read; cross entropy: about 8 FLOPs a logit."""
+    """The FLOPs of a case, and the fewest bytes that it moves.
+
+    The patch embedding adds once for each element that it moves. The cross entropy takes about 8 FLOPs a logit, which
+    it reads and writes, so 4 for each element that it moves. The fused loss reads input and head and writes their
+    gradients.
+    """
     shape, size = case["shape"], 2 if case["dtype"] == "bfloat16" else 4
     if case["operator"] == "linear_patch_cross_entropy":
         return case["flops"], 2 * size * (shape["N"] + shape["V"]) * shape["D"]
-    each = 1 if case["operator"] == "patch_embedding" else 4
-    return each * case["bytes"] / size, case["bytes"]
+    flops_per_element = 1 if case["operator"] == "patch_embedding" else 4
+    return flops_per_element * case["bytes"] / size, case["bytes"]
 
 
 def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """Where the time of a step goes, at K = 1 and 4."""
-    found = of(groups, "parts of a step")
+    """How the time of a step is made up, as stacked bars at K = 1 and 4; None without any step."""
+    found = comparisons_of(groups, "parts of a step")
     if not found:
         return None
     figure = _figure(3.2 * len(found), 3.6)
@@ -278,7 +308,7 @@ def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
 
 
 def cost(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """Cost of a run over K, measured in seconds, beside λ/K + 1 - λ."""
+    """The cost of a run over K, measured in seconds, beside the formula λ/K + 1 - λ; None without any step."""
     found = steps(groups)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Which shapes are measured: ``published`` on a GPU, ``small`` on a CPU, ``tiny`` to test the benchmarks themselves."""
+"""The shapes that are measured: ``published`` on a GPU, ``small`` on a CPU, ``tiny`` to test the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 
 class Embedding(NamedTuple):
+    """Patch embedding of ``tokens`` ids, looked up in a table (V, D)."""
+
     patch_size: int
     V: int
     D: int
@@ -14,12 +16,16 @@ class Embedding(NamedTuple):
 
 
 class Logits(NamedTuple):
+    """Cross entropy of logits (N, V) with K targets a row."""
+
     K: int
     N: int
     V: int
 
 
 class Linear(NamedTuple):
+    """Cross entropy of an input (N, D) and a head (V, D) with K targets a row."""
+
     K: int
     N: int
     D: int
@@ -27,9 +33,11 @@ class Linear(NamedTuple):
 
 
 class Step(NamedTuple):
+    """A training step of the model of a preset."""
+
     preset: str
     rows: int
-    context: int  # positions of a row, whatever K is
+    context: int  # positions a row: patches, of whatever size
 
 
 PATCH_SIZES = (1, 2, 4, 8, 16)

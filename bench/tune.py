@@ -1,75 +1,90 @@
-"""Searches launch configurations on the GPU at hand: ``python -m bench.tune``. Nothing is changed by it.
+"""Searches the fastest launch configurations of the kernels on this machine's GPU: ``python -m bench.tune``.
 
-The defaults are in ``launch_config`` of each module in ``kernels/``; where another line below is faster on your GPU,
-that is the place for it. The configurations of a case are timed in turn, each checked against the default's result.
+It prints times and changes nothing. The configurations in use come from ``launch_config`` in each module of
+``kernels/``: where the printed times show a faster one for your GPU, change it there. Each configuration's result is
+compared with that of the default, and the configurations of a case are timed in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.measure import interleaved
 from patchkernels.kernels import cross_entropy, patch_embedding
-from patchkernels.patch_cross_entropy import LossOptions
+from patchkernels.numerics import LossOptions
 
-SECONDS = 1.0  # of timing a case
+SECONDS = 1.0  # about how long the configurations of a case are timed
+PATCH_SIZE = 4
 
 
-def configurations(block: str, columns: int) -> list[dict[str, int]]:
-    """Warps, and elements a thread holds at a time."""
+class Case(NamedTuple):
+    """A kernel at one shape."""
+
+    name: str
+    module: Any  # of kernels/, whose launch_config is varied
+    configs: list[dict[str, int]]
+    run: Callable[[], Tensor]
+
+
+def configurations(block_name: str, columns: int) -> list[dict[str, int]]:
+    """Every sensible pair of block size and number of warps: a block up to twice as large as a row."""
     pairs = itertools.product((1, 2, 4, 8, 16, 32), (4, 8, 16, 32))
-    found = [{block: 32 * warps * each, "num_warps": warps} for warps, each in pairs]
-    return [c for c in found if 128 <= c[block] <= max(2 * columns, 128)]
+    found = [{block_name: 32 * warps * per_thread, "num_warps": warps} for warps, per_thread in pairs]
+    return [config for config in found if 128 <= config[block_name] <= max(2 * columns, 128)]
 
 
-def losses(rows: int, vocab: int, device: torch.device) -> Callable[[], Tensor]:
-    """Loss and dlogits of a chunk of logits, as the fused linear loss forms them."""
+def loss_function(rows: int, vocab: int, device: torch.device) -> Callable[[], Tensor]:
+    """Forms loss and dlogits of a chunk of logits in place, as the fused linear loss does."""
     logits = torch.randn(rows, vocab, device=device, dtype=torch.bfloat16)
-    target = torch.randint(0, vocab, (rows, 4), device=device)
-    c, out = torch.ones(rows, 4, device=device), torch.empty(rows, 4, device=device)
-    work = torch.empty_like(logits)
+    target = torch.randint(0, vocab, (rows, PATCH_SIZE), device=device)
+    c, losses = torch.ones(rows, PATCH_SIZE, device=device), torch.empty(rows, PATCH_SIZE, device=device)
+    buffer = torch.empty_like(logits)
 
     def run() -> Tensor:
-        work.copy_(logits)  # in every configuration's time alike
-        cross_entropy.loss_and_gradient_(work, target, c, out, LossOptions())
-        return work
+        buffer.copy_(logits)  # needed because the kernel overwrites it; adds the same time to every configuration
+        cross_entropy.loss_and_gradient_(buffer, target, c, losses, LossOptions())
+        return buffer
 
     return run
 
 
-def embeddings(tokens: int, table: int, hidden: int, device: torch.device, backward: bool) -> Callable[[], Tensor]:
-    ids = torch.randint(0, table, (tokens // 4, 4), device=device)
-    weight = torch.randn(table, hidden, device=device, dtype=torch.bfloat16)
-    grad = torch.randn(tokens // 4, hidden, device=device, dtype=torch.bfloat16)
+def embedding_function(
+    tokens: int, vocab: int, hidden: int, device: torch.device, backward: bool
+) -> Callable[[], Tensor]:
+    """The patch embedding of random tokens, or its gradient."""
+    patches = tokens // PATCH_SIZE
+    ids = torch.randint(0, vocab, (patches, PATCH_SIZE), device=device)
+    weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(patches, hidden, device=device, dtype=torch.bfloat16)
     if backward:
-        return lambda: patch_embedding.backward(grad, ids, table, None)
+        return lambda: patch_embedding.backward(grad, ids, vocab, None)
     return lambda: patch_embedding.forward(ids, weight, None)
 
 
-def search(module: Any, configs: list[dict[str, int]], run: Callable[[], Tensor]) -> Iterator[tuple[float, str]]:
-    """(seconds, configuration), fastest first; the module is left as it was."""
-    default = module.launch_config
-    expected = run().clone()
-    functions: dict[str, Callable[[], Tensor]] = {"default": run}
+def search(case: Case) -> list[tuple[float, str]]:
+    """(median seconds, configuration), fastest first. The module is left as it was."""
+    default = case.module.launch_config
+    expected = case.run().clone()
+    functions: dict[str, Callable[[], Tensor]] = {"default": case.run}
 
-    def under(config: dict[str, int]) -> Tensor:
-        module.launch_config = lambda columns: config
+    def run_with(config: dict[str, int]) -> Tensor:
+        case.module.launch_config = lambda columns: config
         try:
-            return run()
+            return case.run()
         finally:
-            module.launch_config = default
+            case.module.launch_config = default
 
-    for config in configs:
-        torch.testing.assert_close(under(config).float(), expected.float(), rtol=2e-2, atol=1e-3)
-        functions[", ".join(f"{k}={v}" for k, v in config.items())] = lambda config=config: under(config)
+    for config in case.configs:
+        torch.testing.assert_close(run_with(config).float(), expected.float(), rtol=2e-2, atol=1e-3)
+        functions[", ".join(f"{k}={v}" for k, v in config.items())] = lambda config=config: run_with(config)
     seconds = interleaved(functions, expected.device, SECONDS)
-    yield from sorted((sorted(times)[len(times) // 2], name) for name, times in seconds.items())
+    return sorted((sorted(times)[len(times) // 2], name) for name, times in seconds.items())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,15 +99,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "bench.tune: launch configurations are searched on a GPU, and torch sees none\n")
     device = torch.device(options.device)
-    cases = [(f"cross entropy, {options.rows} x {v}", cross_entropy, configurations("BLOCK_V", v),
-              losses(options.rows, v, device)) for v in options.vocab]  # fmt: skip
+    cases = []
+    for vocab in options.vocab:
+        run = loss_function(options.rows, vocab, device)
+        name = f"cross entropy, {options.rows} x {vocab}"
+        cases.append(Case(name, cross_entropy, configurations("BLOCK_V", vocab), run))
     for hidden, backward in itertools.product(options.hidden, (False, True)):
+        run = embedding_function(options.tokens, options.table, hidden, device, backward)
         name = f"patch embedding {'backward' if backward else 'forward'}, {options.tokens} tokens, D={hidden}"
-        run = embeddings(options.tokens, options.table, hidden, device, backward)
-        cases.append((name, patch_embedding, configurations("BLOCK_D", hidden), run))
-    for name, module, configs, run in cases:
-        print(name)
-        for seconds, config in search(module, configs, run):
+        cases.append(Case(name, patch_embedding, configurations("BLOCK_D", hidden), run))
+    for case in cases:
+        print(case.name)
+        for seconds, config in search(case):
             print(f"  {seconds * 1e3:9.4f} ms  {config}")
 
 

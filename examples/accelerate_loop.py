@@ -1,6 +1,6 @@
-"""A loop of one's own with Accelerate around a model of transformers. Run: python examples/accelerate_loop.py
+"""A training loop with Accelerate around a model of transformers. Run: python examples/accelerate_loop.py
 
-On several processes: accelerate launch --num_processes 2 examples/accelerate_loop.py
+In several processes: accelerate launch --num_processes 2 examples/accelerate_loop.py
 """
 
 import argparse
@@ -11,16 +11,16 @@ import transformers
 from torch.utils.data import DataLoader
 
 from patchkernels import hf
-from patchkernels.data import DataConfig, prepare
-from patchkernels.hf_rows import PatchCollator, PatchRows, example_schedule
+from patchkernels.data.corpus import DataConfig, prepare
+from patchkernels.hf import PatchCollator, PatchRows, example_schedule
 from patchkernels.schedule import parse_phases
 
-CONTEXT, ROWS = 128, 16  # positions of a row, rows a step
+CONTEXT, ROWS = 128, 16  # tokens of an example, rows of an optimizer step
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=4800, help="rows of text to read in all")
+    parser.add_argument("--examples", type=int, default=4800, help="pieces of text to read in all")
     parser.add_argument("--text", help="a file or folder of text; default: the standard library of this Python")
     parser.add_argument("--vocab", type=int, default=2048)
     arguments = parser.parse_args()
@@ -30,7 +30,7 @@ def main():
     ids = torch.from_numpy(corpus.train.ids[: len(corpus.train) // CONTEXT * CONTEXT].astype("int64"))
     examples = [{"input_ids": row} for row in ids.view(-1, CONTEXT)]
     schedule = example_schedule(parse_phases("4:2/3,1:1/3"), arguments.examples, ROWS, "positions")
-    rows = PatchRows(examples, schedule, seed=0, shuffle=True)  # in the order in which the run reads them
+    rows = PatchRows(examples, schedule, seed=0, shuffle=True)  # each of 1 or 4 examples
     loader = DataLoader(rows, batch_size=ROWS // accelerator.num_processes, collate_fn=PatchCollator())
 
     transformers.set_seed(0)
@@ -39,7 +39,7 @@ def main():
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
     )  # fmt: skip
-    model = hf.enable(transformers.LlamaForCausalLM(config))  # a batch that brings patches is a patch step
+    model = hf.enable(transformers.LlamaForCausalLM(config))  # a batch with shift_labels is a patch step
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for step, batch in enumerate(loader):

@@ -1,4 +1,4 @@
-"""A tiny Llama through both phases with transformers' Trainer. Run: python examples/hf_trainer.py"""
+"""A tiny Llama through both phases with the Trainer of transformers. Run: python examples/hf_trainer.py"""
 
 import argparse
 
@@ -6,8 +6,8 @@ import datasets
 import torch
 import transformers
 
-from patchkernels.data import DataConfig, prepare
-from patchkernels.hf_trainer import PatchTrainer
+from patchkernels.data.corpus import DataConfig, prepare
+from patchkernels.hf import PatchTrainer
 
 CONTEXT = 128
 
@@ -18,7 +18,7 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--text", help="a file or folder of text; default: the standard library of this Python")
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     arguments = parser.parse_args()
     corpus = prepare(DataConfig(path=arguments.text, vocab_size=arguments.vocab))
 
@@ -53,7 +53,7 @@ def main():
         phases="4:2/3,1:1/3",
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
-    trainer.save_model(f"{arguments.out}/model")  # an ordinary Llama
+    trainer.save_model(f"{arguments.out}/model")  # AutoModelForCausalLM loads it
     print(trainer.evaluate())
 
 

@@ -1,4 +1,4 @@
-"""A LightningModule of the slim model, with a callback that switches the phase.
+"""The library's model as a LightningModule, with a callback that switches the phase.
 
 Run: python examples/lightning_module.py
 """
@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from patchkernels import PatchLM, PatchLMConfig
-from patchkernels.data import DataConfig, prepare
+from patchkernels.data.corpus import DataConfig, prepare
 
 CONTEXT = 256
 
 
 class Phases(lightning.Callback):
-    """Patches of K for the first steps, then tokens; where the run stands, Lightning's checkpoint knows."""
+    """Patches of K tokens in the first steps, then tokens. Lightning's checkpoint holds the step, hence the phase."""
 
     def __init__(self, patch_size, until):
         self.patch_size, self.until = patch_size, until

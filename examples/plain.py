@@ -1,5 +1,6 @@
-"""A GPT and its loop in plain PyTorch, as anyone might have written them; the lines that patch training changed say
-what they were. Run: python examples/plain.py
+"""A GPT and its training loop in plain PyTorch. Run: python examples/plain.py
+
+The lines that patch training changed end with what they were before.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from patchkernels import PatchEmbedding, PatchLMHead, next_patch_targets
-from patchkernels.data import DataConfig, prepare
+from patchkernels.data.corpus import DataConfig, prepare
 
 
 class Block(nn.Module):

@@ -1,23 +1,23 @@
-"""Triton kernel of K-token cross entropy: one program a row of logits, whatever K is.
+"""Triton kernels of K-token cross entropy: one program a row of logits, whatever K is.
 
     pass 1   lse = log sum exp z, online in fp32;   l_k = lse - z[t_k]
     pass 2   dz  = (sum_k c_k) softmax(z),          then the K targets' entries, in fp32 before the one rounding
 
-Either pass can be left out: the loss alone, the gradient from a given lse, or both in one launch, over the logits
-themselves if they are ours.
+A launch takes one of the passes or both. The gradient may be written over the logits where these are our own buffer.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK = 4096  # elements of a row a program holds at a time
-NUM_WARPS = 8  # for a block of MAX_BLOCK: 16 values a thread; with more, ptxas spills
+from patchkernels.numerics import LossOptions
+
+MAX_BLOCK = 4096  # elements of a row that a program holds at a time
+NUM_WARPS = 8  # for a block of MAX_BLOCK: 16 values a thread; with more, ptxas spills registers
+ROW_ALIGNMENT = 16  # elements; rows that begin on such boundaries are read in whole vectors, whatever V is
 
 
 def launch_config(vocab: int) -> dict[str, int]:
@@ -26,34 +26,56 @@ def launch_config(vocab: int) -> dict[str, int]:
     return {"BLOCK_V": block, "num_warps": max(1, NUM_WARPS * block // MAX_BLOCK)}
 
 
-def loss(logits: Tensor, target: Tensor, options: Any) -> tuple[Tensor, Tensor]:
-    """``l (N, K)`` and ``lse (N)``, fp32, of logits ``(N, V)``, which are read once and not written."""
+def loss(
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
+    """Losses and log-sum-exp in fp32 of logits, which are read once and not written."""
     losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
     _launch(_unit_stride(logits), target, None, losses, lse, None, options, needs_lse=True)
     return losses, lse
 
 
-def logits_gradient(grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, options: Any) -> Tensor:
-    """dlogits ``(N, V)``, in the dtype of the logits, for ``c = grad (N, K)`` and the forward's ``lse``."""
+def logits_gradient(
+    c: Tensor,  # (N, K), dL/dl
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    lse: Tensor,  # (N)
+    options: LossOptions,
+) -> Tensor:  # (N, V)
+    """dlogits, in the dtype of the logits, which are not written."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _launch(_unit_stride(logits), target, grad, None, lse, dlogits, options, needs_lse=False)
+    _launch(_unit_stride(logits), target, c, None, lse, dlogits, options, needs_lse=False)
     return dlogits
 
 
-def loss_and_gradient_(logits: Tensor, target: Tensor, c: Tensor | None, losses: Tensor, options: Any) -> None:
-    """Fills ``losses``; with ``c (N, K)`` the logits become dlogits in place. Rows may be padded (stride > V)."""
+def loss_and_gradient_(
+    logits: Tensor,  # (N, V), a buffer of ours; rows may be padded (stride > V)
+    target: Tensor,  # (N, K)
+    c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
+    losses: Tensor,  # (N, K), fp32
+    options: LossOptions,
+) -> Tensor | None:  # (N, V)
+    """Fills ``losses``; with ``c`` the logits become dlogits, in place, and are returned."""
     lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
-    _launch(logits, target, c, losses, lse, None if c is None else logits, options, needs_lse=True)
+    dlogits = None if c is None else logits
+    _launch(logits, target, c, losses, lse, dlogits, options, needs_lse=True)
+    return dlogits
 
 
 def slice_statistics_(
-    logits: Tensor, first: int, target: Tensor, statistics: Tensor, picked: Tensor, options: Any
+    logits: Tensor,  # (N, v), of the classes from ``first`` on
+    first: int,
+    target: Tensor,  # (N, K)
+    statistics: Tensor,  # (3, N), fp32: max z, sum exp(z - max), sum z
+    picked: Tensor,  # (N, K), fp32, the logits of the targets
+    options: LossOptions,
+    *,
+    keep_logits: bool,  # the kernel never writes them
 ) -> None:
-    """Goes on with ``statistics (3, N)``, fp32: max z, sum exp(z - max), sum z, over the classes from ``first`` on.
-
-    Their logits ``(N, v)`` are given; those of targets among them are written to ``picked (N, K)``.
-    """
+    """Continues the statistics of the rows over some more of their classes."""
     rows, columns = logits.shape
     if rows:
         slice_statistics_kernel[(rows,)](
@@ -65,10 +87,32 @@ def slice_statistics_(
 
 
 def slice_gradient_(
-    logits: Tensor, first: int, vocab: int, target: Tensor, c: Tensor, lse: Tensor, options: Any
-) -> None:
-    """The logits ``(N, v)`` of the classes from ``first`` on become their dlogits, in place."""
+    logits: Tensor,  # (N, v), of the classes from ``first`` on
+    first: int,
+    vocab: int,
+    target: Tensor,  # (N, K)
+    c: Tensor,  # (N, K), dL/dl
+    lse: Tensor,  # (N), over the whole vocabulary
+    options: LossOptions,
+) -> Tensor:  # (N, v)
+    """The logits of these classes become their dlogits, in place, and are returned."""
     _launch(logits, target, c, None, lse, logits, options, needs_lse=False, first=first, vocab=vocab)
+    return logits
+
+
+def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
+    """Memory for the logits of some rows, each padded so that it begins on an aligned address."""
+    vocab = len(weight)
+    return weight.new_empty(rows, triton.cdiv(vocab, ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :vocab]
+
+
+def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
+    """What a logit takes while its slice is worked on: the kernels need no copy of it."""
+    return dtype.itemsize
+
+
+def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises nothing: the kernels give a target outside [0, V) the loss NaN, and read no memory outside."""
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
@@ -82,7 +126,7 @@ def _launch(
     losses: Tensor | None,
     lse: Tensor,
     dlogits: Tensor | None,
-    options: Any,
+    options: LossOptions,
     *,
     needs_lse: bool,
     first: int = 0,
@@ -95,47 +139,62 @@ def _launch(
     target = target.contiguous()
     c = None if c is None else c.contiguous()
     patch_cross_entropy_kernel[(rows,)](
-        logits,
-        target,
-        c if c is not None else lse,
+        logits, target,
+        c if c is not None else lse,  # a pointer that is not used still needs a tensor
         losses if losses is not None else lse,
         lse,
         dlogits if dlogits is not None else logits,
-        logits.stride(0),
-        logits.stride(0) if dlogits is None else dlogits.stride(0),
-        first,
-        columns,
-        vocab or columns,
-        _readable(columns, logits, dlogits),
-        options.ignore_index,
-        options.label_smoothing,
-        options.softcap or 1.0,
-        options.z_loss_weight,
-        SLOTS=slots,
-        BLOCK_K=triton.next_power_of_2(slots),
-        NEEDS_LSE=needs_lse,
-        NEEDS_GRAD=dlogits is not None,
-        SMOOTHING=options.label_smoothing > 0,
-        SOFTCAP=options.softcap is not None,
-        **launch_config(columns),
-    )
+        logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
+        first, columns, vocab or columns, _readable(columns, logits, dlogits),
+        options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
+        SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LSE=needs_lse, NEEDS_GRAD=dlogits is not None,
+        SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+    )  # fmt: skip
 
 
 def _readable(columns: int, *tensors: Tensor | None) -> int:
-    """Where all strides leave room, whole vectors are moved past the last class and masked in registers."""
-    padded = -(-columns // 16) * 16
+    """Columns that a load may touch. Rows that are padded are read into the padding, so that loads stay vectorised;
+    the kernel masks what it finds there."""
+    padded = triton.cdiv(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
     strides = [t.stride(0) for t in tensors if t is not None]
-    return padded if all(stride % 16 == 0 and stride >= padded for stride in strides) else columns
+    return padded if all(stride % ROW_ALIGNMENT == 0 and stride >= padded for stride in strides) else columns
 
 
 @triton.jit
 def _tanh(x):
-    # 1 - e cancels near 0; there, the continued fraction to x^7 (Lambert), within 1e-9 below 1
+    # (1 - e) / (1 + e) loses its digits near 0. Below 1, Lambert's continued fraction to x^7 is exact to 1e-9.
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     s = tl.minimum(x * x, 1.0)
     near = x * (135135.0 + s * (17325.0 + s * (378.0 + s))) / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
     return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _load_targets(
+    logits_ptr,
+    target_ptr,
+    slots,
+    first,
+    V,
+    ignore_index,
+    softcap,
+    SLOTS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The targets of a row, which of them are valid, their columns, which are among these columns, their logits, and
+    the slope of the soft cap there."""
+    target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
+    valid = target != ignore_index
+    column = target - first
+    inside = valid & (column >= 0) & (column < V)  # only these are ever dereferenced
+    picked = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    slope = 1.0
+    if SOFTCAP:
+        t = _tanh(picked / softcap)
+        picked = softcap * t
+        slope = 1.0 - t * t
+    return target, valid, column, inside, picked, slope
 
 
 @triton.jit
@@ -152,7 +211,7 @@ def _online_softmax(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Goes on with a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` over more columns."""
+    """Continues a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` over more columns."""
     for start in range(0, end, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
@@ -162,11 +221,64 @@ def _online_softmax(
             sum_z += tl.sum(tl.where(offsets < V, z, 0.0), 0)
         z = tl.where(offsets < V, z, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(z, 0))
-        # a row that so far holds nothing but -inf has no finite shift
+        # while a row holds nothing but -inf, subtracting its maximum would give NaN
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
         largest = new_largest
     return largest, total, sum_z
+
+
+@triton.jit
+def _losses(lse, picked, mean, inside, valid, label_smoothing, z_loss_weight, SMOOTHING: tl.constexpr):
+    """The loss of each target of a row: 0 where it is ignored, NaN where it is outside [0, V)."""
+    loss = lse - picked
+    if SMOOTHING:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - mean)
+    loss += z_loss_weight * lse * lse
+    return tl.where(inside, loss, tl.where(valid, float("nan"), 0.0))
+
+
+@triton.jit
+def _store_softmax_gradient(
+    logits_ptr,
+    dlogits_ptr,
+    factor,  # of the softmax
+    shared,  # what label smoothing takes from every class
+    lse,
+    used,  # False: the row has no valid target and its gradient is 0
+    V,
+    readable,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Stores ``factor softmax(z) - shared``, times the slope of the soft cap, for every column of a row."""
+    for start in range(0, V, BLOCK_V):
+        offsets = start + tl.arange(0, BLOCK_V)
+        if used:
+            z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
+            if SOFTCAP:
+                t = _tanh(z / softcap)
+                dz = (factor * tl.exp(softcap * t - lse) - shared) * (1.0 - t * t)
+            else:
+                dz = factor * tl.exp(z - lse) - shared
+        else:
+            dz = tl.zeros((BLOCK_V,), tl.float32)
+        tl.store(dlogits_ptr + offsets, dz.to(dlogits_ptr.dtype.element_ty), mask=offsets < readable)
+
+
+@triton.jit
+def _store_target_gradient(dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing):
+    """Stores the gradient of the targets' logits once more, whole and in fp32.
+
+    ``p - c`` is formed before it is rounded, and repeated targets add up: each of them stores the same sum. The barrier
+    puts these stores behind those of the other threads.
+    """
+    same = (target[:, None] == target[None, :]) & inside[None, :]
+    at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
+    dz = (factor * tl.exp(picked - lse) - shared - at_target) * slope
+    tl.debug_barrier()
+    tl.store(dlogits_ptr + column, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "vocab", "ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
@@ -181,8 +293,8 @@ def patch_cross_entropy_kernel(
     dlogits_stride,
     first,  # the class of the first column
     V,  # columns
-    vocab,  # classes; more than columns where these are a slice, which NEEDS_LSE excludes
-    readable,  # V, or V rounded up to 16 where rows are padded
+    vocab,  # classes in all: more than V where the columns are a slice, which NEEDS_LSE excludes
+    readable,  # columns that a load may touch: V, or more where rows are padded
     ignore_index,
     label_smoothing,
     softcap,
@@ -200,14 +312,9 @@ def patch_cross_entropy_kernel(
     dlogits_ptr += row * dlogits_stride
 
     slots = tl.arange(0, BLOCK_K)
-    target = tl.load(target_ptr + row * SLOTS + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
-    valid = target != ignore_index
-    place = target - first
-    inside = valid & (place >= 0) & (place < V)  # anything else is never dereferenced
-    picked = tl.load(logits_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        picked_tanh = _tanh(picked / softcap)
-        picked = softcap * picked_tanh
+    target, valid, column, inside, picked, slope = _load_targets(
+        logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
+    )
 
     # A row without a valid target is neither read nor exponentiated.
     used = tl.sum(valid.to(tl.int32), 0) > 0
@@ -219,11 +326,7 @@ def patch_cross_entropy_kernel(
             logits_ptr, zero - float("inf"), zero, zero, V, end, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V
         )
         lse = tl.where(used, largest + tl.log(total), 0.0)
-        loss = lse - picked
-        if SMOOTHING:
-            loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - sum_z / V)
-        loss += z_loss_weight * lse * lse
-        loss = tl.where(inside, loss, tl.where(valid, float("nan"), 0.0))
+        loss = _losses(lse, picked, sum_z / V, inside, valid, label_smoothing, z_loss_weight, SMOOTHING)
         tl.store(losses_ptr + row * SLOTS + slots, loss, mask=slots < SLOTS)
         tl.store(lse_ptr + row, lse)
     else:
@@ -234,28 +337,13 @@ def patch_cross_entropy_kernel(
         total_c = tl.sum(c, 0)
         factor = total_c * (1.0 + 2.0 * z_loss_weight * lse)
         shared = total_c * label_smoothing / vocab
-        for start in range(0, V, BLOCK_V):
-            offsets = start + tl.arange(0, BLOCK_V)
-            if used:
-                z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
-                if SOFTCAP:
-                    t = _tanh(z / softcap)
-                    dz = (factor * tl.exp(softcap * t - lse) - shared) * (1.0 - t * t)
-                else:
-                    dz = factor * tl.exp(z - lse) - shared
-            else:
-                dz = tl.zeros((BLOCK_V,), tl.float32)
-            tl.store(dlogits_ptr + offsets, dz.to(dlogits_ptr.dtype.element_ty), mask=offsets < readable)
+        _store_softmax_gradient(
+            logits_ptr, dlogits_ptr, factor, shared, lse, used, V, readable, softcap, SOFTCAP, BLOCK_V
+        )
 
-        # The targets' entries once more, whole and in fp32: p - c is formed before it is rounded, repeated targets
-        # add up (each of them writes the same sum). The barrier orders these stores behind the other threads'.
-        same = (target[:, None] == target[None, :]) & inside[None, :]
-        at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
-        dz = factor * tl.exp(picked - lse) - shared - at_target
-        if SOFTCAP:
-            dz *= 1.0 - picked_tanh * picked_tanh
-        tl.debug_barrier()
-        tl.store(dlogits_ptr + place, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
+        _store_target_gradient(
+            dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing
+        )
 
 
 @triton.jit(do_not_specialize=["first", "rows", "ignore_index", "softcap"])
@@ -280,12 +368,9 @@ def slice_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     slots = tl.arange(0, BLOCK_K)
-    target = tl.load(target_ptr + row * SLOTS + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
-    place = target - first
-    inside = (target != ignore_index) & (place >= 0) & (place < V)
-    picked = tl.load(logits_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        picked = softcap * _tanh(picked / softcap)
+    _target, _valid, _column, inside, picked, _slope = _load_targets(
+        logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
+    )
     tl.store(picked_ptr + row * SLOTS + slots, picked, mask=inside)
 
     largest = tl.load(statistics_ptr + row)

@@ -1,11 +1,14 @@
 """Triton kernels of patch embedding.
 
-Forward: one program a patch and block of columns; K rows of the table, summed in fp32, cast once.
+    out[p] = (1/K) sum_k weight[ids[p, k]],      dW[v] = (1/K) sum over occurrences of v of dout[p]
 
-Backward: token ids are sorted (stable), so that each id owns a segment of the sorted order. Whole aligned blocks
-of BLOCK_T tokens that lie inside one segment are summed first (an id may be 5 % of a batch); then one program an id
-sums its segment: the loose tokens before the first whole block, the blocks' sums, the loose tokens after the last.
-Everything is fp32 in a fixed order: deterministic, no atomics, no synchronisation.
+Forward: one program for each patch and block of columns reads K rows of the table, sums them in fp32 and rounds once.
+
+Backward: a stable sort of the token ids gives each id a segment of the sorted order. A frequent id may own 5 % of a
+batch, so its segment is summed in two steps: first every aligned block of BLOCK_T tokens that lies inside one segment;
+then one program for each id adds the tokens before its first whole block, the sums of its blocks, and the tokens after
+its last. Everything is summed in fp32 in a fixed order, so the result is deterministic, without atomics, and nothing
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from patchkernels.patch_embedding import inverse_counts
+from patchkernels.numerics import inverse_counts
 
-BLOCK_T = 64  # tokens summed at a time in the backward
-TILE_T = 8  # rows in flight while summing
+BLOCK_T = 64  # tokens of a block in the backward
+TILE_T = 8  # gradient rows that a program loads at a time
 MAX_BLOCK_D = 512
 NUM_WARPS = 2
 
@@ -29,8 +32,12 @@ def launch_config(hidden: int) -> dict[str, int]:
     return {"BLOCK_D": block, "num_warps": max(1, NUM_WARPS * block // MAX_BLOCK_D)}
 
 
-def forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
-    """``(N, K)`` ids and ``(V, D)`` weight to ``(N, D)``."""
+def forward(
+    ids: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    padding_idx: int | None,
+) -> Tensor:  # (N, D)
+    """The mean of each patch's embeddings, summed in fp32 and rounded once; NaN where an id is outside the table."""
     (patches, slots), (vocab, hidden) = ids.shape, weight.shape
     out = weight.new_empty(patches, hidden)
     if out.numel() == 0:
@@ -53,15 +60,20 @@ def forward(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
     return out
 
 
-def backward(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None) -> Tensor:
-    """``(N, D)`` gradient of the patches to ``(V, D)`` gradient of the table, in the dtype of ``grad``."""
+def backward(
+    grad: Tensor,  # (N, D)
+    ids: Tensor,  # (N, K)
+    vocab: int,
+    padding_idx: int | None,
+) -> Tensor:  # (V, D)
+    """The gradient of the table, in the dtype of ``grad``, summed in fp32 in a fixed order."""
     slots, hidden = ids.shape[1], grad.shape[1]
     out = grad.new_empty(vocab, hidden)
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_()
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     tokens = ids.numel()
-    # ids outside [0, V) are sorted to the two ends, where no segment reaches them
+    # ids outside [0, V) are sorted to the two ends, where they are part of no segment
     ordered, order = ids.reshape(-1).clamp(-1, vocab).to(torch.int32).sort(stable=True)
     segments = torch.searchsorted(ordered, torch.arange(vocab + 1, dtype=torch.int32, device=ids.device))
     scale = inverse_counts(ids, padding_idx, torch.float32)
@@ -109,7 +121,7 @@ def patch_embedding_kernel(
     count = 0
     bad = False
     for first in range(0, SLOTS, UNROLL):
-        for i in tl.static_range(UNROLL):  # UNROLL independent loads in flight
+        for i in tl.static_range(UNROLL):  # independent loads, so that UNROLL of them are under way at a time
             slot = first + i
             token = tl.load(ids_ptr + patch * SLOTS + slot, mask=slot < SLOTS, other=0).to(tl.int64)
             inside = (token >= 0) & (token < V)
@@ -119,7 +131,7 @@ def patch_embedding_kernel(
                 keep = keep & (token != padding_idx)
             count += keep.to(tl.int32)
             row = tl.load(weight_ptr + token * weight_stride + columns, mask=keep & (columns < D), other=0.0)
-            # at K = 1 a copy, so that -0.0 stays what it is
+            # at K = 1 the row itself: 0.0 + -0.0 would turn -0.0 into 0.0
             total = row.to(tl.float32) if SLOTS == 1 else total + row.to(tl.float32)
     if PADDING:
         total = total / tl.maximum(count, 1)
@@ -143,7 +155,7 @@ def _sum_tokens(
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum over sorted positions [begin, end) of their patches' scaled gradient, in order."""
+    """Sums the scaled gradients of the patches that the tokens at sorted positions [begin, end) stand in, in order."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(begin, end, TILE_T):
         positions = start + tl.arange(0, TILE_T)
@@ -159,7 +171,7 @@ def _sum_tokens(
 def patch_embedding_block_sums_kernel(
     grad_ptr,  # (N, D)
     ordered_ptr,  # (N K), sorted ids
-    order_ptr,  # (N K), where they stood
+    order_ptr,  # (N K), the position of each sorted id before sorting
     scale_ptr,  # (N), fp32
     block_sums_ptr,  # (N K / BLOCK_T, D), fp32
     grad_stride,
@@ -212,7 +224,8 @@ def patch_embedding_backward_kernel(
     end = tl.where(token == padding_idx, begin, end)
     first_block = (begin + BLOCK_T - 1) // BLOCK_T
     last_block = tl.maximum(end // BLOCK_T, first_block)
-    # [begin, head) loose, [first_block, last_block) whole blocks, [tail, end) loose; without a whole block head = end
+    # Tokens [begin, head), then whole blocks [first_block, last_block), then tokens [tail, end). A segment without a
+    # whole block has head = end.
     head = tl.minimum(first_block * BLOCK_T, end)
     tail = tl.maximum(last_block * BLOCK_T, head)
     total = _sum_tokens(grad_ptr, order_ptr, scale_ptr, grad_stride, begin, head, columns, D, SLOTS, TILE_T, BLOCK_D)

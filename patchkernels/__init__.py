@@ -1,11 +1,13 @@
 """patchkernels: patch-level training of language models, at half the bill (arXiv 2407.12665, arXiv 2605.06546)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from patchkernels.linear_patch_cross_entropy import linear_patch_cross_entropy
-from patchkernels.modules import PatchEmbedding, PatchLMHead
-from patchkernels.patch_cross_entropy import next_patch_targets, patch_cross_entropy
-from patchkernels.patch_embedding import patch_embedding
+from patchkernels.nn import PatchEmbedding, PatchLMHead
+from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
+from patchkernels.ops.patch_cross_entropy import patch_cross_entropy
+from patchkernels.ops.patch_embedding import patch_embedding
+from patchkernels.ops.targets import next_patch_targets
 
 if TYPE_CHECKING:
     from patchkernels.model import PatchLM, PatchLMConfig
@@ -23,9 +25,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The model is imported when it is first asked for: the operators alone need none of it."""
+    """Imports the model and the integrations when they are first asked for: the operators need none of them."""
     if name in ("PatchLM", "PatchLMConfig"):
-        from patchkernels import model
-
-        return getattr(model, name)
+        return getattr(importlib.import_module("patchkernels.model"), name)
+    if name in ("hf", "reference", "torchtitan"):
+        return importlib.import_module(f"patchkernels.{name}")
     raise AttributeError(f"module 'patchkernels' has no attribute {name!r}")

@@ -7,35 +7,44 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
+from tyro.conf import subcommand
 
-from patchkernels.corpus import CorpusConfig, print_corpus
-from patchkernels.experiment import experiment
-from patchkernels.experiment_config import ExperimentConfig
-from patchkernels.plan import PlanConfig, print_plan
-from patchkernels.train import NonFiniteError, train
-from patchkernels.train_config import TrainConfig
+from patchkernels.data.parquet import CorpusConfig, print_corpus
+from patchkernels.experiment.config import ExperimentConfig
+from patchkernels.experiment.laboratory import experiment
+from patchkernels.training.config import TrainConfig
+from patchkernels.training.plan import PlanConfig, print_plan
+from patchkernels.training.train import train
+
+Command = (
+    Annotated[TrainConfig, subcommand("train")]
+    | Annotated[PlanConfig, subcommand("plan")]
+    | Annotated[CorpusConfig, subcommand("corpus")]
+    | Annotated[ExperimentConfig, subcommand("experiment")]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Bad input is one clear line on stderr and exit code 1 (2 where the command line itself is wrong)."""
+    """Runs a command. Bad input is one line on stderr and exit code 1, or 2 where the command line itself is wrong."""
     try:
-        command = tyro.cli(
-            Annotated[TrainConfig, tyro.conf.subcommand("train")]
-            | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
-            | Annotated[CorpusConfig, tyro.conf.subcommand("corpus")]
-            | Annotated[ExperimentConfig, tyro.conf.subcommand("experiment")],
-            args=arguments,
-            prog="patchkernels",
-            description="Patch-level training of language models.",
-        )
-        if isinstance(command, TrainConfig):
-            train(command)
-        elif isinstance(command, PlanConfig):
-            print_plan(command)
-        elif isinstance(command, CorpusConfig):
-            print_corpus(command)
-        elif isinstance(command, ExperimentConfig):
-            experiment(command)
-    except (ValueError, IndexError, OSError, RuntimeError, NonFiniteError) as error:
+        run(parse(arguments))
+    except (ValueError, IndexError, OSError, RuntimeError) as error:
         print(f"patchkernels: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def parse(arguments: Sequence[str] | None = None) -> Command:
+    """The settings of the command that the arguments name; None: the arguments of this process."""
+    description = "Patch-level training of language models."
+    return tyro.cli(Command, args=arguments, prog="patchkernels", description=description)
+
+
+def run(command: Command) -> None:
+    if isinstance(command, TrainConfig):
+        train(command)
+    elif isinstance(command, PlanConfig):
+        print_plan(command)
+    elif isinstance(command, CorpusConfig):
+        print_corpus(command)
+    else:
+        experiment(command)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkernels.numerics import IGNORE_INDEX
+
 
 def patch_embedding(
     input_ids: Tensor,  # (..., T)
@@ -27,7 +29,7 @@ def patch_embedding(
     return mean
 
 
-def next_patch_targets(labels: Tensor, patch_size: int, ignore_index: int = -100) -> Tensor:
+def next_patch_targets(labels: Tensor, patch_size: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """``target[b, p, k] = labels[b, (p + 1) K + k]``; the last row is all ``ignore_index``."""
     patches = labels.unflatten(-1, (-1, patch_size))
     return torch.cat([patches[..., 1:, :], torch.full_like(patches[..., :1, :], ignore_index)], dim=-2)
@@ -38,7 +40,7 @@ def patch_cross_entropy(
     target: Tensor,  # (..., K) or (...)
     *,
     target_weight: Tensor | None = None,  # (K) or (..., K)
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     softcap: float | None = None,

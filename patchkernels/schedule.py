@@ -1,7 +1,13 @@
-"""The schedule: phases of a patch size and a share of the data, steps, and the learning rate over them.
+"""Phases of a run, the steps that they take, and the learning rate over these steps.
 
-cost = sum_i lambda_i / K_i                    against token-level training on the same data
-lambda_i = r_i K_i / sum_j r_j K_j             from shares r of steps at constant positions (TST)
+A phase reads a share lambda of the raw tokens in patches of K tokens. Against token-level training on the same tokens
+the phases cost (PatchTrain, arXiv 2407.12665, section 2)
+
+    cost = sum_i lambda_i / K_i
+
+TST (arXiv 2605.06546) counts shares r of the steps instead. At equal positions a step they are the shares of the data
+
+    lambda_i = r_i K_i / sum_j r_j K_j
 """
 
 from __future__ import annotations
@@ -13,26 +19,31 @@ from itertools import accumulate
 
 CONVENTIONS = ("positions", "tokens")
 SHARES = ("data", "steps")
-DECAYS = ("wsd", "cosine")
+SHAPES = ("wsd", "cosine")
 SCOPES = ("run", "phase")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """K and the share of the raw tokens that is read in patches of K."""
+    """A part of a run in which one patch size is used."""
 
-    patch_size: int
-    share: float
+    patch_size: int  # K
+    share: float  # lambda, of all raw tokens
 
 
 def parse_phases(text: str, shares_of: str = "data", convention: str = "positions") -> tuple[Phase, ...]:
-    """``"4:2/3,1:1/3"`` to phases, shares of the data (lambda) or of the steps (r). ``ValueError`` on nonsense.
+    """The phases that a text like ``"4:2/3,1:1/3"`` lists, each as patch size and share.
 
-    At constant raw tokens a step both shares are the same.
+    ``shares_of`` says whether the shares are those of the data (lambda) or of the steps (r). At equal raw tokens a step
+    (``convention="tokens"``) the two are the same.
+
+    Raises:
+        ValueError: the text is no list of phases, a patch size or a share is not positive, the shares do not add up
+            to 1, or ``shares_of`` is unknown.
     """
     if shares_of not in SHARES:
         raise ValueError(f"shares must be of one of {SHARES}, got {shares_of!r}")
-    phases = []
+    phases: list[Phase] = []
     for part in text.replace(",", " ").split():
         try:
             size, share = part.split(":")
@@ -44,25 +55,33 @@ def parse_phases(text: str, shares_of: str = "data", convention: str = "position
     total = sum(p.share for p in phases)
     if abs(total - 1) > 1e-3:
         raise ValueError(f"the shares must add up to 1, got {total:.4g} from {text!r}")
-    weight = [p.share * (p.patch_size if shares_of == "steps" and convention == "positions" else 1) for p in phases]
-    return tuple(Phase(p.patch_size, w / sum(weight)) for p, w in zip(phases, weight))
+    in_steps = shares_of == "steps" and convention == "positions"
+    tokens = [phase.share * (phase.patch_size if in_steps else 1) for phase in phases]
+    return tuple(Phase(phase.patch_size, count / sum(tokens)) for phase, count in zip(phases, tokens))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases laid over ``total_tokens`` raw tokens.
+    """The optimizer steps of the phases over ``total_tokens`` raw tokens.
 
-    ``context`` is the positions of a row in the token phase. By convention ``"positions"`` every row has so many
-    (equal FLOPs a step; a patch row reads K times the raw tokens), by ``"tokens"`` every row has so many raw tokens
-    (a patch row has 1/K of the positions).
+    A step reads ``batch_size`` rows. A row of a phase with patch size K has
+
+        convention "positions":  context K raw tokens, context positions      (every step costs the same FLOPs)
+        convention "tokens":     context raw tokens, context / K positions    (every step reads the same raw tokens)
+
+    The text is cut into pieces of ``piece_tokens`` raw tokens, each a whole number of rows in every phase.
+
+    Raises:
+        ValueError: an unknown convention, a number below 1, a context that K does not divide, pieces that are no whole
+            number of rows, or so few tokens that a phase has no step.
     """
 
     phases: tuple[Phase, ...]
     total_tokens: int
-    batch_size: int  # rows a step
+    batch_size: int
     context: int
     convention: str = "positions"
-    piece_tokens: int | None = None  # of the pieces that text is cut into; None: the fewest that will do
+    piece_tokens: int = 0  # 0 is replaced by the smallest piece that is possible
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
@@ -75,7 +94,10 @@ class Schedule:
                 raise ValueError(
                     f"context must be divisible by the patch size, got {self.context} and {phase.patch_size}"
                 )
-        if self.unit_tokens % math.lcm(*(self.row_tokens(phase) for phase in self.phases)):
+        smallest_piece = math.lcm(*(self.row_tokens(phase) for phase in self.phases))
+        if self.piece_tokens == 0:
+            object.__setattr__(self, "piece_tokens", smallest_piece)  # the instance is frozen
+        if self.piece_tokens % smallest_piece:
             raise ValueError(
                 f"piece_tokens must be a multiple of every phase's row, got {self.piece_tokens} and rows of "
                 f"{[self.row_tokens(phase) for phase in self.phases]}"
@@ -95,14 +117,9 @@ class Schedule:
         return self.row_tokens(phase) // phase.patch_size
 
     @property
-    def unit_tokens(self) -> int:
-        """The pieces that text is cut into: whole rows of every phase."""
-        return self.piece_tokens or math.lcm(*(self.row_tokens(phase) for phase in self.phases))
-
-    @property
     def steps(self) -> list[int]:
-        """Optimizer steps of each phase; rounded where phases end, so that the sum is the rounded total."""
-        exact = [p.share * self.total_tokens / (self.batch_size * self.row_tokens(p)) for p in self.phases]
+        """Optimizer steps of each phase. The step at which each phase ends is rounded, so that errors do not add up."""
+        exact = [phase.share * self.total_tokens / (self.batch_size * self.row_tokens(phase)) for phase in self.phases]
         ends = [round(end) for end in accumulate(exact)]
         return [end - start for start, end in zip([0, *ends], ends)]
 
@@ -116,14 +133,14 @@ class Schedule:
         return [0, *accumulate(self.steps)][:-1]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(phase index, step within the phase) of a step."""
+        """The index of the phase that a step belongs to, and how many steps of that phase come before it."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step must be in [0, {self.total_steps}), got {step}")
         index = max(i for i, start in enumerate(self.starts) if start <= step)
         return index, step - self.starts[index]
 
     def raw_tokens(self, step: int) -> int:
-        """Raw tokens read before ``step``."""
+        """Raw tokens that are read before ``step``."""
         return sum(
             min(max(step - start, 0), steps) * self.batch_size * self.row_tokens(phase)
             for phase, start, steps in zip(self.phases, self.starts, self.steps)
@@ -131,32 +148,45 @@ class Schedule:
 
     @property
     def cost(self) -> float:
-        """That of :func:`cost_of` the phases."""
+        """The cost of the phases, see :func:`cost_of`."""
         return cost_of(self.phases)
 
 
 def cost_of(phases: tuple[Phase, ...]) -> float:
-    """Positions against token-level training on the same data: ``sum lambda / K``."""
+    """``sum_i lambda_i / K_i``: positions of these phases per position of token-level training on the same data."""
     return sum(phase.share / phase.patch_size for phase in phases)
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Warmup, then WSD (constant, and linear to 0 over the last ``decay`` of the steps) or cosine to a tenth."""
+    """The learning rate of every step: warmup, then WSD (warmup, stable, decay) or cosine.
+
+    With ``S`` steps, of which ``W = warmup S`` are warmup and ``D = decay S`` are decay, step ``s`` has
+
+        s < W:         peak (s + 1) / W
+        "wsd":         peak min(1, (S - s) / D)
+        "cosine":      peak (0.1 + 0.9 (1 + cos(pi (s - W) / (S - W))) / 2)
+
+    ``scope="run"`` counts the steps of the whole run, ``"phase"`` those of each phase anew.
+
+    Raises:
+        ValueError: an unknown shape or scope, or a number out of range.
+    """
 
     peak: float
     warmup: float  # share of the steps
-    decay: float = 0.1
+    decay: float = 0.1  # share of the steps
     shape: str = "wsd"
     scope: str = "run"
 
     def __post_init__(self) -> None:
-        if self.shape not in DECAYS or self.scope not in SCOPES:
-            raise ValueError(f"expected one of {DECAYS} over one of {SCOPES}, got {self.shape!r} over {self.scope!r}")
+        if self.shape not in SHAPES or self.scope not in SCOPES:
+            raise ValueError(f"expected one of {SHAPES} over one of {SCOPES}, got {self.shape!r} over {self.scope!r}")
         if not (0 < self.peak < math.inf and 0 <= self.warmup < 1 and 0 <= self.decay <= 1):
             raise ValueError(f"expected a finite lr > 0, warmup in [0, 1), decay in [0, 1], got {self}")
 
     def at(self, step: int, schedule: Schedule) -> float:
+        """The learning rate of a step of the schedule."""
         total = schedule.total_steps
         if self.scope == "phase":
             index, step = schedule.locate(step)

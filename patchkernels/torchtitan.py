@@ -1,10 +1,11 @@
-"""Patch training in torchtitan, as a module of it: ``--module patchkernels.torchtitan --config llama3_8b``.
+"""Patch training in torchtitan, as a module that its command line takes.
 
     torchrun --nproc-per-node 8 -m torchtitan.train --module patchkernels.torchtitan --config llama3_debugmodel
 
-What torchtitan's configurations of that name are, with three parts exchanged: the token embedding, which averages where
-ids come as patches (B, P, K); the loss of a chunk's logits, which takes K targets a row where labels come as (B, P, K);
-and the Trainer, whose batches are patches as long as its phase is. Parameters, their names and everything else stay.
+The configurations here are torchtitan's of the same names with three parts replaced. The token embedding averages ids
+that come as patches (B, P, K). The loss takes K targets for each row of logits where labels come as patches (B, P, K).
+And the Trainer makes its batches of patches in the steps of a patch phase. Parameters and their names stay, and so does
+everything else.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.patch_cross_entropy import next_patch_targets, patch_cross_entropy
-from patchkernels.patch_embedding import patch_embedding
+from patchkernels.ops.patch_cross_entropy import patch_cross_entropy
+from patchkernels.ops.patch_embedding import patch_embedding
+from patchkernels.ops.targets import next_patch_targets
 from patchkernels.schedule import Phase, parse_phases
 
-KNOWN_VERSIONS = ("0.3.0",)  # its interfaces move from one to the next
+KNOWN_VERSIONS = ("0.3.0",)  # the interfaces used here change from version to version
 
 try:
     version = importlib.metadata.version("torchtitan")
@@ -43,7 +45,7 @@ from torchtitan.trainer import Trainer  # noqa: E402
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
-class PatchEmbedding(Embedding):  # type: ignore[misc]
+class TitanPatchEmbedding(Embedding):  # type: ignore[misc]
     """``out[b, p] = (1/K) sum_k weight[ids[b, p, k]]`` for ids (B, P, K); torchtitan's own embedding for ids (B, T)."""
 
     @dataclass(kw_only=True, slots=True)
@@ -52,16 +54,19 @@ class PatchEmbedding(Embedding):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim == 2:
-            out: Tensor = super().forward(input)
-        elif self.tp_group is not None:  # each rank's part of the sum, which torchtitan adds up
-            out = super().forward(input.flatten(1)).unflatten(1, input.shape[1:]).mean(2)
+            output: Tensor = super().forward(input)
+        elif self.tp_group is not None:  # every rank holds a part of the vocabulary; torchtitan adds up their outputs
+            output = super().forward(input.flatten(1)).unflatten(1, input.shape[1:]).mean(2)
         else:
-            out = patch_embedding(input.flatten(1), self.weight, input.shape[2], padding_idx=self.padding_idx)
-        return out
+            output = patch_embedding(input.flatten(1), self.weight, input.shape[2], padding_idx=self.padding_idx)
+        return output
 
 
-class PatchCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc]
-    """The sum over K targets of their cross entropies with one row of logits, for labels (B, P, K)."""
+class TitanPatchCrossEntropy(CrossEntropyLoss):  # type: ignore[misc]
+    """The sum of the cross entropies of K targets with one row of logits for labels (B, P, K).
+
+    For labels (B, T) it is torchtitan's own loss.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):  # type: ignore[misc]
@@ -74,43 +79,49 @@ class PatchCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc]
 
         def loss(pred: Tensor, labels: Tensor, *, global_vocab_size: int | None = None) -> Tensor:
             if labels.ndim == 2:
-                found: Tensor = token_level(pred, labels, global_vocab_size=global_vocab_size)
+                result: Tensor = token_level(pred, labels, global_vocab_size=global_vocab_size)
             elif type(pred) is Tensor and global_vocab_size in (None, pred.shape[-1]):
-                found = patch_cross_entropy(pred, labels, reduction="sum", ignore_index=IGNORE_INDEX)
-            else:  # logits in shards of the vocabulary: torchtitan's loss of them, slot by slot
+                result = patch_cross_entropy(pred, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+            else:  # every process holds the logits of a part of the vocabulary, which only torchtitan's loss takes
                 slots = labels.unbind(-1)
-                found = sum(cross_entropy_loss(pred, slot, global_vocab_size=global_vocab_size) for slot in slots)
-            return found
+                result = sum(cross_entropy_loss(pred, slot, global_vocab_size=global_vocab_size) for slot in slots)
+            return result
 
         self.fn = loss
 
 
-class PatchTrainer(Trainer):  # type: ignore[misc]
-    """torchtitan's Trainer through phases of steps; which phase a step is in, the step alone decides.
+class TitanPatchTrainer(Trainer):  # type: ignore[misc]
+    """torchtitan's Trainer through the phases of a run; the phase depends on the number of the step alone.
 
-    A row of a patch step is K consecutive rows of the dataloader: as many positions in every phase. Packed documents
-    are not told apart in patch steps, since they do not begin on patch boundaries.
+    A row of a patch step is K consecutive rows of the dataloader, so that it has as many positions in every phase.
+    Patch steps ignore where packed documents begin, because they do not begin on patch boundaries: attention reaches
+    from one document into the next.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):  # type: ignore[misc]
         phases: str = "4:1/3,1:2/3"
-        """Patch size and share of the steps of each phase, in order (TST's r; 4:1/3,1:2/3 reads 2/3 of the data)."""
+        """Patch size and share of the steps of each phase, in order (TST's r); 4:1/3,1:2/3 reads 2/3 of the data in
+        patches."""
 
     def __init__(self, config: Any) -> None:
         self.patch_phases = parse_phases(config.phases)
-        steps_of_phases(self.patch_phases, config.training.steps)
+        phase_ends(self.patch_phases, config.training.steps)  # raises before anything is built
         super().__init__(config)
 
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         batches = super().batch_generator(data_iterable)
         while True:
-            size = patch_size_at(self.patch_phases, self.config.training.steps, self.step)
-            yield patch_batch([next(batches) for _ in range(size)])
+            patch_size = patch_size_at(self.patch_phases, self.config.training.steps, self.step)
+            yield patch_batch([next(batches) for _ in range(patch_size)])
 
 
-def steps_of_phases(phases: tuple[Phase, ...], steps: int) -> list[int]:
-    """The last step of each phase, counted from 1. ``ValueError`` where a phase would have none."""
+def phase_ends(phases: tuple[Phase, ...], steps: int) -> list[int]:
+    """The last step of each phase, counted from 1.
+
+    Raises:
+        ValueError: so few steps that a phase would have none.
+    """
     ends = [round(steps * math.fsum(phase.share for phase in phases[: i + 1])) for i in range(len(phases))]
     if any(end <= start for start, end in zip([0, *ends], ends)):
         raise ValueError(f"every phase needs a step: {steps} steps end phases at {ends}")
@@ -118,63 +129,71 @@ def steps_of_phases(phases: tuple[Phase, ...], steps: int) -> list[int]:
 
 
 def patch_size_at(phases: tuple[Phase, ...], steps: int, step: int) -> int:
-    """K of a step, counted from 1."""
-    ends = steps_of_phases(phases, steps)
+    """The patch size of a step, counted from 1."""
+    ends = phase_ends(phases, steps)
     return next(phase.patch_size for phase, end in zip(phases, ends) if step <= end or end == ends[-1])
 
 
 def patch_batch(batches: list[Batch]) -> Batch:
-    """K batches of rows to one of K rows each, in patches: ids and labels (B, P, K). One batch is left as it is.
+    """Joins K batches to one whose rows are K rows long and cut into patches: ids and labels (B, P, K).
 
-    torchtitan's labels are shifted: ``labels[i] = token[i + 1]``. The targets of a row's last patch lie outside of it.
+    A single batch is left as it is. torchtitan's labels are shifted, ``labels[i] = token[i + 1]``; they are shifted
+    back here. The last patch of a row has no targets, since those lie outside of the row.
     """
-    size = len(batches)
-    if size == 1:
+    patch_size = len(batches)
+    if patch_size == 1:
         return batches[0]
     inputs = torch.cat([batch["input"] for batch, _ in batches])  # (K B, T), consecutive rows of the text
     shifted = torch.cat([labels for _, labels in batches])
-    inputs, shifted = (rows.unflatten(0, (-1, size)).flatten(1) for rows in (inputs, shifted))  # (B, K T)
+    inputs, shifted = (rows.unflatten(0, (-1, patch_size)).flatten(1) for rows in (inputs, shifted))  # (B, K T)
     unshifted = torch.cat([torch.full_like(shifted[:, :1], IGNORE_INDEX), shifted[:, :-1]], 1)
-    patches = inputs.unflatten(1, (-1, size))
+    patches = inputs.unflatten(1, (-1, patch_size))
     positions = torch.arange(patches.shape[1]).expand(patches.shape[:2])
-    return {"input": patches, "positions": positions}, next_patch_targets(unshifted, size, IGNORE_INDEX)
+    return {"input": patches, "positions": positions}, next_patch_targets(unshifted, patch_size, IGNORE_INDEX)
 
 
 def with_patches(config: Any) -> Any:
-    """A configuration of torchtitan's Trainer as one of :class:`PatchTrainer`."""
+    """A configuration of torchtitan's Trainer as one of :class:`TitanPatchTrainer`."""
     model = config.model_spec.model
-    embedding = model.tok_embeddings
-    fields = {field.name: getattr(embedding, field.name) for field in dataclasses.fields(embedding) if field.init}
-    model.tok_embeddings = PatchEmbedding.Config(**fields)
-    config.loss = exchange_loss(config.loss)
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
-    return PatchTrainer.Config(**values)
+    model.tok_embeddings = TitanPatchEmbedding.Config(**fields_of(model.tok_embeddings))
+    config.loss = with_patch_loss(config.loss)
+    return TitanPatchTrainer.Config(**fields_of(config))
 
 
-def exchange_loss(loss: Any) -> Any:
-    """``ValueError`` for a loss that is not the cross entropy of logits."""
+def fields_of(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+
+
+def with_patch_loss(loss: Any) -> Any:
+    """A configuration of torchtitan's cross entropy, in chunks or not, as one of :class:`TitanPatchCrossEntropy`.
+
+    Raises:
+        ValueError: any other loss.
+    """
     if isinstance(loss, ChunkedLossWrapper.Config):
-        return dataclasses.replace(loss, loss_fn=exchange_loss(loss.loss_fn))
+        return dataclasses.replace(loss, loss_fn=with_patch_loss(loss.loss_fn))
     if type(loss) is not CrossEntropyLoss.Config:
         raise ValueError(f"patch training needs torchtitan's CrossEntropyLoss, got {type(loss).__qualname__}")
-    return PatchCrossEntropyLoss.Config(global_vocab_size=loss.global_vocab_size)
+    return TitanPatchCrossEntropy.Config(global_vocab_size=loss.global_vocab_size)
 
 
-def _patched(make: Callable[[], Any]) -> Callable[[], Any]:
+def patched(make_config: Callable[[], Any]) -> Callable[[], Any]:
+    """One of torchtitan's functions that return a configuration, with patches."""
+
     def configuration() -> Any:
-        return with_patches(make())
+        return with_patches(make_config())
 
-    configuration.__doc__ = f"torchtitan's ``{make.__name__}`` with patches."
+    configuration.__doc__ = f"torchtitan's ``{make_config.__name__}`` with patches."
     return configuration
 
 
 llama3_debugmodel, llama3_8b, llama3_70b, llama3_405b = map(
-    _patched, (llama3.llama3_debugmodel, llama3.llama3_8b, llama3.llama3_70b, llama3.llama3_405b)
+    patched, (llama3.llama3_debugmodel, llama3.llama3_8b, llama3.llama3_70b, llama3.llama3_405b)
 )
-qwen3_moe_debug, qwen3_30b_a3b = map(_patched, (qwen3.qwen3_moe_debug, qwen3.qwen3_30b_a3b))
+qwen3_moe_debug, qwen3_30b_a3b = map(patched, (qwen3.qwen3_moe_debug, qwen3.qwen3_30b_a3b))
 deepseek_v3_debugmodel, deepseek_v3_16b, deepseek_v3_671b = map(
-    _patched, (deepseek_v3.deepseek_v3_debugmodel, deepseek_v3.deepseek_v3_16b, deepseek_v3.deepseek_v3_671b)
+    patched, (deepseek_v3.deepseek_v3_debugmodel, deepseek_v3.deepseek_v3_16b, deepseek_v3.deepseek_v3_671b)
 )
 gpt_oss_debugmodel, gpt_oss_20b, gpt_oss_120b = map(
-    _patched, (gpt_oss.gpt_oss_debugmodel, gpt_oss.gpt_oss_20b, gpt_oss.gpt_oss_120b)
+    patched, (gpt_oss.gpt_oss_debugmodel, gpt_oss.gpt_oss_20b, gpt_oss.gpt_oss_120b)
 )

@@ -1,27 +1,24 @@
-"""Kernels run on the GPU if there is one and under Triton's interpreter if not; fresh memory is never zero by luck."""
+"""Settings of every test: where kernels run, memory that is never zero by chance, a fixed seed."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkout import leave_checkout
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import of them
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, so it is set before they are
 
 import patchkernels  # noqa: F401
 
-# transformers imports whatever answers to "kernels"; with the package imported, the checkout may leave the path
-CHECKOUT = Path(__file__).parents[1]
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != CHECKOUT]
+leave_checkout()
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """``torch.empty`` is filled with NaN (or the largest integer): whatever is read unwritten shows."""
+    """``torch.empty`` is filled with NaN (or the largest integer), so that reading it before it is written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -34,7 +31,7 @@ def seeded():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Kernel blocks so small that small inputs have many, ragged ones."""
+    """Kernel blocks so small that small inputs are cut into several, the last of them not full."""
     kernels = pytest.importorskip("patchkernels.kernels.cross_entropy")
     monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
     kernels = pytest.importorskip("patchkernels.kernels.patch_embedding")

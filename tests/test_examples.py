@@ -1,16 +1,16 @@
-"""Every example runs as its user would run it, and the diffs that docs/dropin.md shows are those of the files."""
+"""Every example runs from the command line, and docs/dropin.md shows the lines that plain.py changed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_runs import write_random_text
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -18,12 +18,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(300)]
-    for i in range(60):
-        (root / f"{i}.txt").write_text(" ".join(generator.choices(words, k=400)))
-    return root
+    return write_random_text(tmp_path_factory.mktemp("text"), documents=60, words=400, vocabulary=300)
 
 
 def run(file: Path, text: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
@@ -42,7 +37,7 @@ def losses(output: str) -> list[float]:
 
 
 def original(source: str) -> str:
-    """The file before patch training: every line that says what it was, as it was."""
+    """The source before patch training: every line that ends with what it was before is that again."""
     lines = []
     for line in source.splitlines():
         found = re.fullmatch(r"(\s*).*  # was: ?(.*?)(?:  # fmt.*)?", line)
@@ -78,7 +73,7 @@ def test_hugging_face_trainer(text, tmp_path):
     sizes = re.findall(r"'patch_size': '?(\d)", output)
     assert sizes == ["4", "1"]
     assert (tmp_path / "model" / "config.json").is_file()
-    assert (tmp_path / "checkpoint-4").is_dir()  # of the switch
+    assert (tmp_path / "checkpoint-4").is_dir()  # where the second phase begins
     run(EXAMPLES / "hf_trainer.py", text, "--steps", "12", "--out", str(tmp_path), "--resume")
 
 

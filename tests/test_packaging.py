@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import CHECKOUT
 
-ROOT = Path(__file__).parents[1]
 BORROWED = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
 NO_INDEX = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
 SLOW_IMPORTS = {"accelerate", "datasets", "matplotlib", "rich", "tokenizers", "transformers", "triton", "tyro"}
@@ -68,9 +68,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is built, for builds leave folders behind."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+        shutil.copy(CHECKOUT / name, folder)
     for name in ("kernels", "patchkernels"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CHECKOUT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -97,14 +97,14 @@ def test_wheel_holds_every_module_and_no_foreign_name(wheel: Path) -> None:
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == {"patchkernels"}
 
-    modules = {f"patchkernels/{path.name}" for path in (ROOT / "patchkernels").glob("*.py")}
-    modules |= {f"patchkernels/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "patchkernels").rglob("*.py")}
+    modules |= {f"patchkernels/kernels/{path.name}" for path in (CHECKOUT / "kernels").glob("*.py")}
     modules |= {"patchkernels/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
 
 
 def test_checkout_links_to_the_kernels() -> None:
-    assert os.readlink(ROOT / "patchkernels" / "kernels") == os.path.join("..", "kernels")
+    assert os.readlink(CHECKOUT / "patchkernels" / "kernels") == os.path.join("..", "kernels")
 
 
 @pytest.mark.parametrize("kind", ["wheel", "plain", "editable"])
@@ -141,7 +141,7 @@ def test_lives_beside_a_distribution_named_kernels(
 
 def test_the_folder_in_a_checkout_refuses_to_be_kernels() -> None:
     code = "try: import kernels\nexcept ImportError as error: print(type(error).__name__, error)"
-    refusal = run(sys.executable, "-c", code, cwd=ROOT)
+    refusal = run(sys.executable, "-c", code, cwd=CHECKOUT)
     assert refusal.startswith("ImportError ")
     assert "'patchkernels.kernels'" in refusal
 
@@ -158,7 +158,7 @@ def test_import_is_light() -> None:
     """
     seconds = []
     for _ in range(3):
-        took, *imported = run(sys.executable, "-c", code, cwd=ROOT).split()
+        took, *imported = run(sys.executable, "-c", code, cwd=CHECKOUT).split()
         assert not SLOW_IMPORTS & set(imported)
         seconds.append(float(took))
     assert min(seconds) < 0.3

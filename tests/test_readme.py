@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from checkout import CHECKOUT
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 
 
 def python_of(text: str) -> str:
@@ -25,10 +25,10 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = python_of(README)
     assert program.strip()
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, ROOT / "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(program, CHECKOUT / "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_targets_of_make_exist() -> None:
     named = set(re.findall(r"\bmake ([a-z]+)", README))
-    (phony,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    (phony,) = re.findall(r"^\.PHONY: (.+)$", (CHECKOUT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert {"train", "test"} <= named <= set(phony.split())

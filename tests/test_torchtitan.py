@@ -93,12 +93,12 @@ def test_models_with_patches(name, size):
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_mixtures_of_experts_keep_all_but_the_embedding_and_the_loss(name):
     own, config = configuration(name), titan.with_patches(configuration(name))
-    assert type(config) is titan.PatchTrainer.Config
+    assert type(config) is titan.TitanPatchTrainer.Config
     with torch.device("meta"):
         model = config.model_spec.model.build()
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, own.model_spec.model.build())]
         assert shapes[0] == shapes[1]
-    assert type(model.tok_embeddings) is titan.PatchEmbedding
+    assert type(model.tok_embeddings) is titan.TitanPatchEmbedding
     for field in ("training", "optimizer", "lr_scheduler", "parallelism", "checkpoint", "dataloader"):
         assert getattr(config, field) == getattr(own, field)
 
@@ -111,7 +111,7 @@ def test_the_loss_in_chunks(size, chunks):
     labels = torch.randint(0, 50, (2, 8, size))
     labels[0, 3:5] = -100
     target = labels.squeeze(-1) if size == 1 else labels
-    config = titan.exchange_loss(ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=CrossEntropyLoss.Config()))
+    config = titan.with_patch_loss(ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=CrossEntropyLoss.Config()))
     wrapper = config.build()
     wrapper.set_lm_head(head)
     leaf = hidden.clone().requires_grad_()
@@ -140,7 +140,7 @@ def test_batches_of_each_phase_also_from_the_middle(monkeypatch):
             steps = 6
 
     def shapes(first, data):
-        trainer = object.__new__(titan.PatchTrainer)
+        trainer = object.__new__(titan.TitanPatchTrainer)
         trainer.config, trainer.patch_phases = Config, titan.parse_phases("4:1/3,2:1/3,1:1/3")
         trainer.step = first
         generator, found = trainer.batch_generator(data), []
@@ -158,9 +158,9 @@ def test_batches_of_each_phase_also_from_the_middle(monkeypatch):
 
 def test_bad_input():
     with pytest.raises(ValueError, match="every phase needs a step: 2 steps"):
-        titan.steps_of_phases(titan.parse_phases("8:1/10,1:9/10"), 2)
-    with pytest.raises(ValueError, match=r"CrossEntropyLoss, got PatchCrossEntropyLoss\.Config"):
-        titan.exchange_loss(titan.PatchCrossEntropyLoss.Config())
+        titan.phase_ends(titan.parse_phases("8:1/10,1:9/10"), 2)
+    with pytest.raises(ValueError, match=r"CrossEntropyLoss, got TitanPatchCrossEntropy\.Config"):
+        titan.with_patch_loss(titan.TitanPatchCrossEntropy.Config())
 
 
 def test_versions_that_are_not_known_are_refused(monkeypatch):

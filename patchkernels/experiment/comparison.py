@@ -1,0 +1,76 @@
+"""Which of an experiment's runs are compared, by which loss, and ρ.
+
+    ρ = (L_C - L_B) / (L_C - L_A)
+
+``L`` is an arm's token-level validation loss at the end of its run. A reads all of the data token by token; B reads all
+of it too, a share of it in patches; C reads token by token as much as B's compute allows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Result = dict[str, Any]  # a run, as its result.json has it
+Groups = dict[str, list[Result]]  # the runs that are compared: by arm, in the order of their seeds
+
+TOKEN_LOSS = "validation_loss"
+"""The key of the loss that arms are compared by. It is token-level in every phase, also in one of patches."""
+SLOT_LOSSES = "validation_slot_losses"
+"""The key of a patch phase's losses, one for each of the K targets. They are no token-level losses."""
+SAME_COST = 0.01
+"""Arms are at equal compute if the counted FLOPs of one differ from those of the other by less than this share."""
+
+
+def compared_runs(results: list[Result], lr: float | None) -> Groups:
+    """The runs at the learning rate that was chosen. Runs that diverged are left out.
+
+    Several rates may have been tried for an arm; only one rate, the same for all arms, enters the comparison.
+    """
+    groups: Groups = {}
+    for result in results:
+        if result["lr"] == lr and "diverged" not in result:
+            groups.setdefault(result["arm"], []).append(result)
+    return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in groups.items()}
+
+
+def same_compute(run: Result, other: Result) -> bool:
+    """Whether two runs are at equal compute."""
+    return bool(abs(run["flops"] / other["flops"] - 1) <= SAME_COST)
+
+
+def rho(groups: Groups, arm: str) -> dict[int, float | None]:
+    """``(L_C - L_arm) / (L_C - L_A)`` for every seed of which A, C and the arm are finished.
+
+    The value is None for a seed where A is no better than C: there was nothing to recover.
+
+    Raises:
+        ValueError: the arm does not have C's compute.
+    """
+    runs_a, runs_c, runs_arm = ({run["seed"]: run for run in groups.get(name, [])} for name in ("A", "C", arm))
+    by_seed = {}
+    for seed in sorted(runs_a.keys() & runs_c.keys() & runs_arm.keys()):
+        a, c, run = runs_a[seed], runs_c[seed], runs_arm[seed]
+        if not same_compute(run, c):
+            raise ValueError(f"ρ is defined at equal compute: {arm} took {run['flops']:.3e} FLOPs, C {c['flops']:.3e}")
+        by_seed[seed] = recovered_share(a[TOKEN_LOSS], run[TOKEN_LOSS], c[TOKEN_LOSS])
+    return by_seed
+
+
+def recovered_share(loss_a: float, loss_b: float, loss_c: float) -> float | None:
+    """ρ of three losses: the share of what A's compute brings beyond C's. None where it brings nothing."""
+    return (loss_c - loss_b) / (loss_c - loss_a) if loss_c > loss_a else None
+
+
+def evaluation_at_switch(run: Result) -> dict[str, Any] | None:
+    """The evaluation at the end of the last patch phase, before any token-level step. None without such a phase."""
+    in_patches = [point for point in run["curve"] if point["patch_size"] > 1 and point["step"] > 0]
+    return in_patches[-1] if in_patches else None
+
+
+def evaluations_side_by_side(runs: list[Result], key: str = TOKEN_LOSS) -> list[list[dict[str, Any]]]:
+    """The evaluations that hold ``key``: an entry for each step, with one evaluation for each of the runs.
+
+    The runs are those of one arm, which are all evaluated at the same steps.
+    """
+    curves = ([point for point in run["curve"] if key in point] for run in runs)
+    return [list(points) for points in zip(*curves)]

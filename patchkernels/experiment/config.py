@@ -1,0 +1,237 @@
+"""The settings of an experiment: its budget, its arms, and what the command line asks for.
+
+A budget holds a complete :class:`~patchkernels.training.config.TrainConfig`, the base. Every run of the experiment is
+made from it, so that whatever the experiment does not change is said in one place, the settings of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from patchkernels.data.corpus import DataConfig
+from patchkernels.schedule import cost_of
+from patchkernels.training.config import (
+    CheckpointConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+Settings = TypeVar("Settings", DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an experiment costs: the size of its runs, how many there are, and how long a call may take."""
+
+    base: TrainConfig  # its tokens are those of arm A
+    seeds: int
+    minutes: float  # of a call
+
+
+BUDGETS = {
+    # 1.3M parameters on 2 cores. The minutes suffice for A, B and C with two seeds and the rates that are tried.
+    "cpu": Budget(
+        TrainConfig(
+            data=DataConfig(vocab_size=4096),
+            model=ModelConfig("demo"),
+            schedule=ScheduleConfig(tokens=1_376_256, batch_size=8, context=128),
+            optimizer=OptimizerConfig(lr=3e-3),
+            checkpoint=CheckpointConfig(save_every=120, keep=1),
+            log=LogConfig(eval_every=60, eval_rows=128),
+        ),
+        seeds=2,
+        minutes=24.0,
+    ),
+    # 42M parameters on one H200. A call ends within 9 minutes; several calls finish the experiment.
+    "gpu": Budget(
+        TrainConfig(
+            run=RunConfig(bf16=True, compile=True),
+            data=DataConfig(vocab_size=32000),
+            model=ModelConfig("42m"),
+            schedule=ScheduleConfig(tokens=100_663_296, batch_size=64, context=1024),
+            optimizer=OptimizerConfig(lr=2e-3),
+            checkpoint=CheckpointConfig(save_every=200, keep=1),
+            log=LogConfig(eval_every=100, eval_rows=128),
+        ),
+        seeds=3,
+        minutes=8.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the ways to train that are compared. What an arm does not change is the same in all of them."""
+
+    title: str
+    schedule: ScheduleConfig  # its phases; rows and positions are those of all arms
+    share: float = 1.0  # of A's raw tokens
+    optimizer_changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        """The arm's compute against A's, counted in positions."""
+        return self.share * cost_of(self.schedule.parsed_phases)
+
+    def record(self) -> dict[str, Any]:
+        """The arm in ``experiment.json``. ``changes`` are its settings other than phases that differ from A's."""
+        counted = {"shares_of": self.schedule.shares_of} if self.schedule.shares_of != ScheduleConfig.shares_of else {}
+        changes = {**counted, **self.optimizer_changes}
+        return {"title": self.title, "phases": self.schedule.phases, "share": self.share, "changes": changes}
+
+
+def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
+    """All arms by name. ``schedule`` is B's; the other arms have its rows and positions, and phases of their own."""
+    token_level = dataclasses.replace(schedule, phases="1:1")
+    superposition = dataclasses.replace(schedule, phases="8:0.3,1:0.7", shares_of="steps")
+    falling_sizes = dataclasses.replace(schedule, phases="8:1/3,4:1/6,2:1/6,1:1/3")
+    reset = {"optimizer_at_switch": "reset", "lr_scope": "phase"}
+    return {
+        "A": Arm("token-level, all data", token_level),
+        "B": Arm("patches, then token-level", schedule),
+        "C": Arm("token-level, B's compute", token_level, share=cost_of(schedule.parsed_phases)),
+        "B-reset": Arm("B, optimizer and schedule reset at the switch (PatchTrain)", schedule, optimizer_changes=reset),
+        "TST": Arm("K = 8, r = 0.3 of the steps (TST)", superposition),
+        "multi": Arm("K = 8, 4, 2, 1", falling_sizes),
+    }
+
+
+NAMES = tuple(arms(ScheduleConfig()))
+
+
+@dataclass
+class ExperimentConfig:
+    """Compares patch-level with token-level training on a corpus: training runs ("arms") over the same data.
+
+    A: token by token, all data. B: patches, then token by token. C: token by token at B's compute. The same command
+    goes on with an experiment that is not finished.
+    """
+
+    out: str = "runs/experiment"
+    """The experiment's folder: runs/, results.jsonl, report.md and its figures."""
+    budget: str = "cpu"
+    """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of it; None
+    leaves a part as it is."""
+    arms: tuple[str, ...] = ("A", "B", "C")
+    """Of A, B, C, B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1).
+    More may be asked for later; runs that are finished stay."""
+    phases: str = "4:2/3,1:1/3"
+    """B's patch sizes and shares of the data."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: str | None = None
+    """A preset of `patchkernels train`."""
+    tokens: float | None = None
+    """Raw tokens of arm A. None of them is read twice, and they are cut to what all arms can read in whole steps."""
+    batch_size: int | None = None
+    """Rows a step."""
+    accumulation: int = 1
+    """Parts that a step's rows are read in."""
+    context: int | None = None
+    """Positions of a row, in every phase."""
+    lr: float | None = None
+    """The learning rate that tuning starts from. With --no-tune it is the rate of all runs."""
+    tune: bool = True
+    """Tune the learning rate on A: rates a factor of 2 apart, until the best one lies between two others. B and C are
+    then tried at its two neighbours as well."""
+    warmup: float = 0.05
+    """Share of A's steps. The other arms warm up over as many steps."""
+    decay: float = 0.2
+    """Share of each arm's steps, at its end, over which the learning rate falls to 0."""
+    seeds: int | None = None
+    """Runs of each arm, with other weights and another order of the text."""
+    minutes: float | None = None
+    """After so many minutes the call saves and stops with exit code 75. The same command goes on."""
+    compile: bool | None = None
+    """torch.compile."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
+        unknown = [name for name in self.arms if name not in NAMES]
+        if unknown or not {"A", "B", "C"} <= set(self.arms):
+            raise ValueError(f"arms must be A, B, C and others of {NAMES}, got {self.arms}")
+        for name in ("tokens", "batch_size", "context", "lr", "seeds", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        self._check_phases()
+        for name in self.arms:
+            self.warmup_of(name)
+        _ = self.effective_budget  # made here, so that settings which training refuses raise at once
+
+    def _check_phases(self) -> None:
+        """B ends token by token, some arm has patches, and a row holds a patch and the one that it predicts."""
+        if self.known_arms["B"].schedule.parsed_phases[-1].patch_size != 1:
+            raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
+        schedules = [self.known_arms[name].schedule for name in self.arms]
+        largest = max(phase.patch_size for schedule in schedules for phase in schedule.parsed_phases)
+        if largest == 1:
+            raise ValueError(f"B needs a phase of patches, as in '4:2/3,1:1/3'; got {self.phases!r}")
+        context = self.schedule.context
+        if context < 2 * largest:
+            raise ValueError(f"context must be at least two patches of {largest}, got {context}")
+
+    def warmup_of(self, name: str) -> float:
+        """The share of its steps that the arm of this name warms up over: as many steps as in A.
+
+        Raises:
+            ValueError: the arm has too few steps for this warmup and the decay.
+        """
+        warmup = self.warmup / self.known_arms[name].cost
+        if not 0 <= warmup <= 1 - self.decay:
+            raise ValueError(
+                f"{name} cannot warm up over {self.warmup:g} of A's steps, {warmup:g} of its own, and decay over the "
+                f"last {self.decay:g}: use a smaller warmup"
+            )
+        return warmup
+
+    @functools.cached_property
+    def schedule(self) -> ScheduleConfig:
+        """B's schedule, with A's tokens as they were asked for: the corpus may have fewer."""
+        return _replaced(
+            BUDGETS[self.budget].base.schedule,
+            tokens=self.tokens,
+            phases=self.phases,
+            batch_size=self.batch_size,
+            context=self.context,
+        )
+
+    @functools.cached_property
+    def known_arms(self) -> dict[str, Arm]:
+        """All arms by name, also those that were not asked for."""
+        return arms(self.schedule)
+
+    @functools.cached_property
+    def effective_budget(self) -> Budget:
+        """The budget with the settings that were asked for in place of its own."""
+        budget = BUDGETS[self.budget]
+        base = budget.base
+        return Budget(
+            dataclasses.replace(
+                base,
+                run=_replaced(
+                    base.run, out=self.out, accumulation=self.accumulation, compile=self.compile, device=self.device
+                ),
+                data=_replaced(self.data, vocab_size=self.data.vocab_size or base.data.vocab_size),
+                model=_replaced(base.model, preset=self.model),
+                schedule=self.schedule,
+                optimizer=_replaced(base.optimizer, lr=self.lr, warmup=self.warmup, decay=self.decay),
+            ),
+            seeds=self.seeds or budget.seeds,
+            minutes=self.minutes or budget.minutes,
+        )
+
+
+def _replaced(settings: Settings, **values: Any) -> Settings:
+    """The settings with these values, but for those that are None: they were not asked for."""
+    return dataclasses.replace(settings, **{name: value for name, value in values.items() if value is not None})

@@ -1,0 +1,220 @@
+"""The experiment that checks the claim on any corpus: training runs ("arms") over the same data, compared.
+
+    A   token-level on all of the data                       cost 1
+    B   patches of K on a share λ of it, then token-level    cost λ/K + 1 - λ
+    C   token-level, stopped at B's compute                  the same cost
+    ρ = (L_C - L_B) / (L_C - L_A)         1: as good as A at a fraction of its compute; 0: no better than C
+
+L is token-level validation loss. Every run is one call of :func:`patchkernels.training.train.train`, so that all arms
+have the same model and loss code, tokenizer, validation text and context. Runs of one seed also start from the same
+weights and take the same pieces of the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from rich.console import Console
+
+from patchkernels.data.batches import validation_rows
+from patchkernels.data.corpus import Corpus
+from patchkernels.experiment.comparison import TOKEN_LOSS, Result
+from patchkernels.experiment.config import NAMES, ExperimentConfig
+from patchkernels.experiment.record import (
+    claim_folder,
+    experiment_record,
+    read_json,
+    run_result,
+    write_json,
+    write_results,
+)
+from patchkernels.experiment.report import write_report
+from patchkernels.training.checkpoint import checkpoints
+from patchkernels.training.config import TrainConfig
+from patchkernels.training.console import prepare_aloud
+from patchkernels.training.log import read_log
+from patchkernels.training.processes import choose_device, environment
+from patchkernels.training.run import NonFiniteError
+from patchkernels.training.stop import OUT_OF_TIME, Stopped
+from patchkernels.training.train import train
+
+MOST_RATES = 5
+"""A is tried at no more learning rates than this."""
+LARGEST_DENOMINATOR = 24
+"""Shares of the phases are taken for fractions with at most this denominator: 0.667 is meant as 2/3."""
+
+
+def experiment(config: ExperimentConfig) -> Path:
+    """Runs what is missing of the experiment, writes its report and returns the folder.
+
+    Raises:
+        ValueError: settings that make no sense, a corpus too small for them, or a folder of another experiment.
+        RuntimeError: before its first step a run's loss is not log V, or not that of the other runs of its seed.
+        NonFiniteError: A diverged at every learning rate.
+        Stopped: a signal came, or ``minutes`` are over. Everything is saved, and the same call goes on.
+    """
+    began = time.monotonic()
+    if environment(choose_device(config.device)).world_size > 1:
+        raise ValueError("the experiment runs in one process: start it without torchrun")
+    budget, console = config.effective_budget, Console()
+    corpus = prepare_aloud(budget.base.data, console)
+    laboratory = Laboratory(config, corpus, began + 60 * budget.minutes, console)
+    try:
+        laboratory.run_all()
+    except NonFiniteError:
+        laboratory.report(finished=False)
+        raise
+    except Stopped as stopped:
+        laboratory.report(finished=False)
+        why = "out of time" if stopped.code == OUT_OF_TIME else "stopped"
+        console.print(f"{why}: {len(laboratory.results)} runs are finished; the same command goes on", soft_wrap=True)
+        raise
+    laboratory.report(finished=True)
+    out = laboratory.out
+    console.print(f"written: {out / 'report.md'}, {out / 'results.jsonl'} and figures", soft_wrap=True)
+    return out
+
+
+class Laboratory:
+    """Runs of the experiment. Each is made once, and its result is then kept in the experiment's folder."""
+
+    def __init__(self, config: ExperimentConfig, corpus: Corpus, deadline: float, console: Console) -> None:
+        self.config, self.corpus, self.console = config, corpus, console
+        self.deadline = deadline  # of time.monotonic()
+        self.budget, self.arms, self.out = config.effective_budget, config.known_arms, Path(config.out)
+        self.results: dict[Path, Result] = {}  # by the run's folder
+        self.lr: float | None = None  # at which all arms are compared; run_all chooses it
+        base = self.budget.base
+        sizes = [phase.patch_size for arm in self.arms.values() for phase in arm.schedule.parsed_phases]
+        self.piece_tokens = base.schedule.context * math.lcm(*sizes)  # whole rows of every phase of every arm
+        self.tokens = self._tokens_of_a()
+        self.record = experiment_record(config, corpus, self.tokens, self.piece_tokens)
+        # What cannot be had raises here, before the folder is made and before any run.
+        for name in config.arms:
+            self.train_config(name, 0, base.optimizer.lr, self.out / "runs", self.budget.minutes).schedule.schedule()
+        validation_rows(corpus.validation, base.schedule.context, base.log.eval_rows)
+        claim_folder(self.out, self.record)
+        for file in (self.out / "runs").glob("*/result.json"):
+            self.results[file.parent] = read_json(file, {"arm", "seed", "lr"})
+
+    def run_all(self) -> None:
+        """The learning rate on A, then seed after seed all arms, then B and C at the neighbours of A's best rate."""
+        self.lr = lr = self.tune() if self.config.tune else self.budget.base.optimizer.lr
+        for seed in range(self.budget.seeds):
+            for name in self.config.arms:
+                self.run(name, seed, lr)
+        if self.config.tune:
+            for name in ("B", "C"):
+                for neighbour in (lr / 2, 2 * lr):
+                    self.run(name, 0, neighbour)
+
+    def tune(self) -> float:
+        """The learning rate at which A ends lowest, between two others where it ends higher.
+
+        After ``MOST_RATES`` rates it is the best of them, even if that is the lowest or the highest.
+
+        Raises:
+            NonFiniteError: A diverged at every rate.
+        """
+        lr = self.budget.base.optimizer.lr
+        losses = {rate: self.final_loss("A", 0, rate) for rate in (lr, lr / 2, 2 * lr)}
+        while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)) and len(losses) < MOST_RATES:
+            beyond = best / 2 if best == min(losses) else best * 2
+            losses[beyond] = self.final_loss("A", 0, beyond)
+        if losses[best] == math.inf:
+            raise NonFiniteError(f"A diverged at every learning rate that was tried: {sorted(losses)}")
+        return best
+
+    def final_loss(self, name: str, seed: int, lr: float) -> float:
+        """Token-level validation loss at the end of a run; infinite if it diverged."""
+        return float(self.run(name, seed, lr).get(TOKEN_LOSS, math.inf))
+
+    def run(self, name: str, seed: int, lr: float) -> Result:
+        """The result of a run of the arm ``name``. The run is made unless its result is known."""
+        folder = self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
+        if folder not in self.results:
+            minutes_left = (self.deadline - time.monotonic()) / 60
+            if minutes_left <= 0:
+                raise Stopped(OUT_OF_TIME)
+            config = self.train_config(name, seed, lr, folder, minutes_left)
+            self.console.rule(folder.name)
+            try:
+                train(config)
+                result = run_result(name, config.schedule.phases, seed, lr, read_log(folder / "log.jsonl"))
+                check_start(result, list(self.results.values()), folder)
+            except NonFiniteError as error:
+                result = {"arm": name, "seed": seed, "lr": lr, "diverged": str(error)}
+            write_json(folder / "result.json", result)
+            self.results[folder] = result
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return self.results[folder]
+
+    def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
+        """The settings of a run: those of the budget, and what the arm ``name``, the seed and the rate change.
+
+        The run stops after ``minutes``. It resumes from the newest checkpoint if ``folder`` holds one.
+        """
+        base, arm = self.budget.base, self.arms[name]
+        warmup = self.config.warmup_of(name)
+        return dataclasses.replace(
+            base,
+            run=dataclasses.replace(base.run, out=str(folder), seed=seed, minutes=minutes),
+            schedule=dataclasses.replace(
+                arm.schedule, tokens=round(arm.share * self.tokens), piece_tokens=self.piece_tokens
+            ),
+            optimizer=dataclasses.replace(base.optimizer, lr=lr, warmup=warmup, **arm.optimizer_changes),
+            checkpoint=dataclasses.replace(base.checkpoint, resume=bool(checkpoints(folder / "checkpoints"))),
+        )
+
+    def report(self, finished: bool) -> None:
+        """Writes ``results.jsonl``, ``report.md`` and the figures from the runs so far."""
+        results = sorted(self.results.values(), key=lambda run: (NAMES.index(run["arm"]), run["seed"], run["lr"]))
+        write_results(self.out, self.record, results, finished)
+        write_report(self.out, self.record, results, self.lr, finished)
+
+    def _tokens_of_a(self) -> int:
+        """Raw tokens that A reads: those that were asked for, at most the corpus, and whole steps of A, B and C.
+
+        Where a share of a phase is only nearly a fraction, phases end within a step of it.
+        """
+        schedule = self.budget.base.schedule
+        shares = [Fraction(phase.share).limit_denominator(LARGEST_DENOMINATOR) for phase in schedule.parsed_phases]
+        unit = schedule.batch_size * self.piece_tokens * math.lcm(*(share.denominator for share in shares))
+        available = len(self.corpus.train) // self.piece_tokens * self.piece_tokens
+        asked = int(schedule.tokens or 0)
+        if self.config.tokens is not None and asked > available:
+            raise ValueError(
+                f"tokens must be at most those of the training text, none is read twice: got {asked:,} of {available:,}"
+            )
+        tokens = min(asked, available) // unit * unit
+        if tokens == 0:
+            raise ValueError(
+                f"{min(asked, available):,} tokens are fewer than the {unit:,} that all arms read in whole steps of "
+                f"{schedule.batch_size} rows of {schedule.context} positions: use more text or smaller steps"
+            )
+        if tokens < asked:
+            self.console.print(f"A reads {tokens:,} tokens instead of {asked:,}: whole steps of text that is there")
+        return tokens
+
+
+def check_start(result: Result, others: list[Result], folder: Path) -> None:
+    """A run's token-level loss before its first step is that of all other runs of its seed.
+
+    Raises:
+        RuntimeError: it is not, so that the arms cannot be compared.
+    """
+    start = result["curve"][0][TOKEN_LOSS]
+    for other in others:
+        if other["seed"] == result["seed"] and "diverged" not in other:
+            start_of_other = other["curve"][0][TOKEN_LOSS]
+            if not math.isclose(start_of_other, start, rel_tol=1e-5):
+                raise RuntimeError(
+                    f"arm {result['arm']}, seed {result['seed']} starts at validation loss {start}, {other['arm']} of "
+                    f"the same seed at {start_of_other}: not the same weights or validation text. Remove {folder} once "
+                    "it is mended"
+                )

@@ -1,0 +1,149 @@
+"""What an experiment writes into its folder besides the report.
+
+    experiment.json          the settings, the corpus, and where it was measured: two experiments share no folder
+    runs/NAME/result.json    a finished run: where it ended, and its evaluations
+    results.jsonl            all of it, one JSON object a line, for other programs
+
+The report is written from the same two: the record of the experiment, and the results of its runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchkernels.data.corpus import Corpus
+from patchkernels.experiment.comparison import SLOT_LOSSES, TOKEN_LOSS, Result
+from patchkernels.experiment.config import ExperimentConfig
+from patchkernels.experiment.provenance import provenance
+from patchkernels.files import replace_file
+from patchkernels.model.config import PatchLMConfig
+from patchkernels.model.patch_lm import PatchLM
+from patchkernels.training.processes import choose_device
+
+FINAL_VALUES = ("raw_tokens", "flops", "seconds", "compile_seconds", TOKEN_LOSS, "validation_bits_per_byte")
+EVALUATION_VALUES = ("step", "phase", "patch_size", *FINAL_VALUES, SLOT_LOSSES)
+
+
+def experiment_record(config: ExperimentConfig, corpus: Corpus, tokens: int, piece_tokens: int) -> dict[str, Any]:
+    """The content of ``experiment.json``. A reads ``tokens`` raw tokens, cut into pieces of ``piece_tokens``."""
+    budget = config.effective_budget
+    base = budget.base
+    return {
+        "tokens": tokens,
+        "piece_tokens": piece_tokens,
+        "phases": config.phases,
+        "parameters": count_parameters(base.model.architecture(vocab_size=corpus.vocab_size)),
+        "accumulation": base.run.accumulation,
+        "tune": config.tune,
+        "warmup": base.optimizer.warmup,
+        "decay": base.optimizer.decay,
+        "budget": {
+            "model": base.model.preset,
+            "tokens": base.schedule.tokens,
+            "vocab_size": base.data.vocab_size,
+            "batch_size": base.schedule.batch_size,
+            "context": base.schedule.context,
+            "lr": base.optimizer.lr,
+            "seeds": budget.seeds,
+            "minutes": budget.minutes,
+            "bf16": base.run.bf16,
+            "compile": base.run.compile,
+            "eval_every": base.log.eval_every,
+            "eval_rows": base.log.eval_rows,
+        },
+        "arms": {name: arm.record() for name, arm in config.known_arms.items()},
+        "corpus": {
+            "origin": corpus.origin,
+            "digest": corpus.digest,
+            "documents": corpus.documents,
+            "tokens": {"train": len(corpus.train), "validation": len(corpus.validation)},
+            "bytes_per_token": corpus.bytes_per_token,
+            "vocab_size": corpus.vocab_size,
+        },
+        **provenance(choose_device(base.run.device)),
+    }
+
+
+def count_parameters(architecture: PatchLMConfig) -> int:
+    """The parameters of a model, counted without allocating it."""
+    with torch.device("meta"):
+        model = PatchLM(architecture)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def claim_folder(out: Path, record: dict[str, Any]) -> None:
+    """Writes ``experiment.json`` into ``out``, unless that is the folder of another experiment.
+
+    More arms, more seeds, another length of the call, another commit or the same text under another name leave the
+    experiment what it is. ``record["commit"]`` is then replaced by all commits that runs in the folder were made with.
+
+    Raises:
+        ValueError: the folder's experiment has other settings, or its ``experiment.json`` is damaged.
+    """
+    file = out / "experiment.json"
+    if file.exists():
+        old = read_json(file, {"budget", "corpus", "commit"})
+        commits = [*(old["commit"] or "").split(", "), record["commit"] or ""]
+        new = json.loads(json.dumps(record))  # as it reads when it comes back from a file
+        for settings in (old, new):
+            for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
+                settings[part].pop(key, None)
+        differing = [key for key in new if key not in ("commit", "date") and new[key] != old.get(key)]
+        if differing:
+            changes = "; ".join(f"{key}: {old.get(key)} there, {new[key]} here" for key in differing)
+            raise ValueError(f"{out} holds another experiment ({changes}); choose another --out")
+        record["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+
+
+def run_result(arm: str, phases: str, seed: int, lr: float, log: list[dict[str, Any]]) -> Result:
+    """What the report needs of a run's log.
+
+    The losses that were trained on are left out: in a patch phase they are of another kind than the validation losses
+    that arms are compared by.
+    """
+    curve = [{key: line[key] for key in EVALUATION_VALUES if key in line} for line in log if TOKEN_LOSS in line]
+    last = curve[-1]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "lr": lr,
+        "phases": phases,
+        **{key: last[key] for key in FINAL_VALUES},
+        "steps": last["step"],
+        "raw_tokens_per_second": last["raw_tokens"] / last["seconds"],
+        **{key: log[0][key] for key in ("initial_losses", "initial_slot_losses")},
+        "curve": curve,
+    }
+
+
+def write_results(out: Path, record: dict[str, Any], results: Iterable[Result], finished: bool) -> None:
+    """``results.jsonl``: a line of kind "experiment", then a line "run" for each run, followed by its "evaluation"s."""
+    lines: list[dict[str, Any]] = [{"kind": "experiment", "finished": finished, **record}]
+    for result in results:
+        identity = {key: result[key] for key in ("arm", "seed", "lr")}
+        lines.append({"kind": "run", **{key: value for key, value in result.items() if key != "curve"}})
+        lines += [{"kind": "evaluation", **identity, **point} for point in result.get("curve", [])]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    replace_file(out / "results.jsonl", lambda path: path.write_text(text))
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    replace_file(file, lambda path: path.write_text(json.dumps(value, indent=1)))
+
+
+def read_json(file: Path, keys: set[str]) -> dict[str, Any]:
+    """The object in a file. ``ValueError`` that names the file if it holds no object, or one that lacks ``keys``."""
+    try:
+        value: dict[str, Any] = json.loads(file.read_text())
+        if not (isinstance(value, dict) and keys <= value.keys()):
+            raise ValueError(f"without {', '.join(sorted(keys))}")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it, and what it held is made again") from error
+    return value

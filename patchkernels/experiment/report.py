@@ -1,0 +1,268 @@
+"""The experiment's report: one Markdown file and its figures, from the results of the runs.
+
+Arms are compared by token-level validation loss alone. A patch phase's own loss is the mean over K tokens, each of them
+predicted from what precedes the whole patch. That is another quantity, and it has a figure of its own.
+
+Every function that yields or returns text here writes one part of the report, in Markdown, from ``experiment.json``
+(``record``) and the results of the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from patchkernels.experiment.comparison import (
+    TOKEN_LOSS,
+    Groups,
+    Result,
+    compared_runs,
+    evaluation_at_switch,
+    recovered_share,
+    rho,
+    same_compute,
+)
+from patchkernels.experiment.figures import draw_loss, draw_slots, has_slot_losses
+from patchkernels.files import replace_file
+from patchkernels.training.config import OptimizerConfig
+
+
+def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: float | None, finished: bool) -> None:
+    """``report.md``, ``loss.png`` and ``slots.png`` in ``out``; ``lr`` is the rate that all arms are compared at."""
+    groups = compared_runs(results, lr)
+    figures = []
+    if groups:
+        draw_loss(out / "loss.png", groups)
+        figures.append("![Validation loss](loss.png)")
+    if has_slot_losses(groups):
+        draw_slots(out / "slots.png", groups)
+        figures.append("![Loss of each slot in the patch phase](slots.png)")
+    parts = [
+        "# Patch-level training against token-level training",
+        _provenance(record, results, finished),
+        "## Outcome",
+        *_outcome(record, groups),
+        _diverged_runs(results, lr),
+        *figures,
+        *_recovery(groups),
+        "## Settings",
+        *_settings(record, groups, lr),
+        "## Learning rate",
+        *_learning_rates(results, lr),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    replace_file(out / "report.md", lambda path: path.write_text(text))
+
+
+def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
+    """The mean, and in brackets the lowest and the highest value unless all look the same."""
+    mean, low, high = (f"{value:{form}}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def _provenance(record: dict[str, Any], results: list[Result], finished: bool) -> str:
+    """When, where and with what it was measured, whether it is finished, and what a loss is here."""
+    commit = f", commit {record['commit']}" if record["commit"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    state = f"{len(results)} runs" + ("." if finished else " so far: **unfinished**, the same command goes on.")
+    return (
+        f"{record['date']}; {record['device']}; {versions}{commit}. {state}\n\n"
+        "Losses are per token, in nats, on the same held-out text and context for all arms and in all phases. Where "
+        "there are several seeds a figure is their mean (lowest to highest)."
+    )
+
+
+def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
+    """The table of the arms, then what is compared once A, B and C are there: ρ, the gaps, the losses by seed."""
+    if not groups:
+        yield "No arm is finished at the chosen learning rate yet."
+        return
+    yield table(
+        ["arm", "", "steps", "raw tokens", "FLOPs", "of A's", "seconds", "of A's", "compiling, s", "raw tokens/s",
+         "loss at the switch", "loss at the end", "bits per byte"],
+        [_outcome_row(arm, record["arms"][arm]["title"], runs, groups.get("A", [])) for arm, runs in groups.items()],
+    )  # fmt: skip
+    if {"A", "B", "C"} <= set(groups):
+        for arm, runs in groups.items():
+            if arm not in ("A", "C") and same_compute(runs[0], groups["C"][0]):
+                yield from _rho_of(arm, groups)
+        yield (
+            "ρ = 1: as good as token-level training on all data, at B's share of its compute. ρ = 0: no better than "
+            "token-level training at that compute. Below 0: worse than that."
+        )
+        if gaps := _gaps_of_b(groups):
+            yield gaps
+        yield _losses_by_seed(groups)
+
+
+def _outcome_row(arm: str, title: str, runs: list[Result], runs_of_a: list[Result]) -> list[str]:
+    """An arm's line of the outcome's table; seconds are compared with those of A's run of the same seed."""
+    first = runs[0]
+    flops_ratio = f"{first['flops'] / runs_of_a[0]['flops']:.3f}" if runs_of_a else ""
+    time_ratios = [run["seconds"] / a["seconds"] for run in runs for a in runs_of_a if a["seed"] == run["seed"]]
+    at_switch = [point[TOKEN_LOSS] for run in runs if (point := evaluation_at_switch(run))]
+    return [
+        arm,
+        title,
+        f"{first['steps']:,}",
+        f"{first['raw_tokens']:,}",
+        f"{first['flops']:.3e}",
+        flops_ratio,
+        mean_and_range([run["seconds"] for run in runs], ".0f"),
+        mean_and_range(time_ratios, ".2f") if time_ratios else "",
+        mean_and_range([run["compile_seconds"] for run in runs], ".1f"),
+        mean_and_range([run["raw_tokens_per_second"] for run in runs], ",.0f"),
+        mean_and_range(at_switch) if at_switch else "",
+        mean_and_range([run[TOKEN_LOSS] for run in runs]),
+        mean_and_range([run["validation_bits_per_byte"] for run in runs]),
+    ]
+
+
+def _rho_of(arm: str, groups: Groups) -> Iterator[str]:
+    """ρ of one arm: over the seeds, and of each seed."""
+    by_seed = rho(groups, arm)
+    defined = [value for value in by_seed.values() if value is not None]
+    mean = mean_and_range(defined) if defined else "undefined"
+    each = ", ".join("undefined" if value is None else f"{value:.3f}" for value in by_seed.values())
+    yield f"**ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {mean}**; by seed: {each or 'none'}."
+    if len(defined) < len(by_seed):
+        yield "ρ is undefined where A is no better than C: more compute brought nothing there."
+
+
+def _gaps_of_b(groups: Groups) -> str:
+    """In words, how far B ended from C and from A: the mean over the seeds, and whether all seeds agree on its sign."""
+    ends = {arm: {run["seed"]: run[TOKEN_LOSS] for run in groups[arm]} for arm in ("A", "B", "C")}
+    phrases = []
+    for other, what in (("C", "at equal compute (C)"), ("A", "at equal data (A)")):
+        gaps = [ends["B"][seed] - ends[other][seed] for seed in ends["B"] if seed in ends[other]]
+        if not gaps:
+            continue
+        mean = sum(gaps) / len(gaps)
+        same_sign = all((gap > 0) == (mean > 0) for gap in gaps)
+        word = "worse" if mean > 0 else "better"
+        phrases.append(f"{abs(mean):.3f} {word} {what}{'' if same_sign else ', but not in every seed'}")
+    return f"Patch training (B) ended {'; '.join(phrases)}." if phrases else ""
+
+
+def _losses_by_seed(groups: Groups) -> str:
+    """The table of the losses at the end: a line an arm, a column for each of A's seeds."""
+    seeds = sorted({run["seed"] for run in groups["A"]})
+    rows = []
+    for arm, runs in groups.items():
+        of_seed = {run["seed"]: f"{run[TOKEN_LOSS]:.4f}" for run in runs}
+        rows.append([arm, *(of_seed.get(seed, "") for seed in seeds)])
+    return table(["loss at the end", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def _diverged_runs(results: list[Result], lr: float | None) -> str:
+    """The runs that the comparison lacks because they diverged at the rate that was chosen."""
+    diverged = [f"{run['arm']} of seed {run['seed']}" for run in results if run["lr"] == lr and "diverged" in run]
+    return f"Diverged, and left out above: {', '.join(diverged)}." if diverged else ""
+
+
+def _recovery(groups: Groups) -> Iterator[str]:
+    """For every arm with patches, the validation losses after its last switch, by the steps since."""
+    for arm, runs in groups.items():
+        switch = evaluation_at_switch(runs[0])
+        if switch is None:
+            continue
+        rows = []
+        for point in runs[0]["curve"]:
+            if point["step"] < switch["step"]:
+                continue
+            of_seeds = [other for run in runs for other in run["curve"] if other["step"] == point["step"]]
+            rows.append([
+                f"{point['step'] - switch['step']:,}",
+                f"{point['raw_tokens']:,}",
+                f"{point['flops']:.3e}",
+                mean_and_range([other["seconds"] for other in of_seeds], ".0f"),
+                mean_and_range([other[TOKEN_LOSS] for other in of_seeds]),
+                mean_and_range([other["validation_bits_per_byte"] for other in of_seeds]),
+            ])  # fmt: skip
+        yield f"### Recovery of {arm}"
+        yield table(
+            ["steps since the switch", "raw tokens", "FLOPs", "seconds", "validation loss", "bits per byte"], rows
+        )
+
+
+def _settings(record: dict[str, Any], groups: Groups, lr: float | None) -> Iterator[str]:
+    """The corpus, the model and the optimizer, how the text is shared out, and in what the arms differ."""
+    yield _corpus(record["corpus"])
+    yield _model_and_optimizer(record)
+    yield (
+        f"The text is cut into pieces of {record['piece_tokens']:,} tokens, which the seed permutes. A and B read "
+        f"{record['tokens']:,} raw tokens, the same pieces and no token twice, and C the first of these pieces; "
+        "within a phase their rows are shuffled. C's schedule, with its decay, ends where its compute does."
+    )
+    if groups and lr is not None:
+        rows = []
+        for arm, runs in groups.items():
+            phases, changes = record["arms"][arm]["phases"], record["arms"][arm]["changes"]
+            otherwise = ", ".join(f"{name} = {value}" for name, value in changes.items())
+            scope = "anew in each phase, in all " if "lr_scope" in changes else ""
+            rows.append([arm, phases, otherwise, f"{runs[0]['steps']:,}", f"{scope}{_warmup_steps(record)}"])
+        yield table(["arm", "phases (K:share)", "otherwise", "steps", "of them warmup"], rows)
+
+
+def _corpus(corpus: dict[str, Any]) -> str:
+    return (
+        f"Corpus: {corpus['origin']}; {corpus['documents']['train']:,} documents and {corpus['tokens']['train']:,} "
+        f"tokens to train on, {corpus['documents']['validation']:,} and {corpus['tokens']['validation']:,} held out, "
+        "split by file name (or content where there are no files), duplicates dropped; vocabulary "
+        f"{corpus['vocab_size']:,}, {corpus['bytes_per_token']:.3f} bytes a token on the held-out text; digest "
+        f"{corpus['digest']}."
+    )
+
+
+def _model_and_optimizer(record: dict[str, Any]) -> str:
+    budget, held_out_tokens = record["budget"], record["corpus"]["tokens"]["validation"]
+    optimizer = OptimizerConfig()  # an experiment leaves these settings as they are
+    return (
+        f"Model: {budget['model']}, {record['parameters']:,} parameters, the same code in all arms. "
+        f"A step is {budget['batch_size']} rows of {budget['context']} positions in every phase: a patch step has the "
+        "FLOPs of a token-level step and reads K times the raw tokens. Validation: "
+        f"{min(budget['eval_rows'], held_out_tokens // budget['context'])} rows of {budget['context']} "
+        f"tokens. AdamW {optimizer.betas}, weight decay {optimizer.weight_decay}, clip {optimizer.clip}; warmup over "
+        f"{_warmup_steps(record)} steps ({record['warmup']:.0%} of A's) in every arm, constant, then linear to 0 over "
+        f"the last {record['decay']:.0%} of a run's steps (WSD); "
+        f"{'bf16 autocast' if budget['bf16'] else 'fp32'}{', compiled' if budget['compile'] else ''}. "
+        "Seconds are those of training steps; compiling, evaluation and saving are left out."
+    )
+
+
+def _warmup_steps(record: dict[str, Any]) -> int:
+    """Steps that the learning rate rises over, the same number in every arm."""
+    steps: float = record["tokens"] / (record["budget"]["batch_size"] * record["budget"]["context"])
+    return round(float(record["warmup"]) * steps)
+
+
+def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
+    """The rates that A, B and C were tried at with the first seed, and ρ with each arm at the best of its own."""
+    seed = min((result["seed"] for result in results), default=0)
+    rows = []
+    best: dict[str, Result] = {}
+    edges = []  # arms whose best rate is the lowest or the highest that was tried
+    for arm in ("A", "B", "C"):
+        tried = sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: float(r["lr"]))
+        converged = [run for run in tried if "diverged" not in run]
+        if converged:
+            best[arm] = min(converged, key=lambda run: float(run[TOKEN_LOSS]))
+            edges += [arm] if best[arm] in (tried[0], tried[-1]) else []
+        for run in tried:
+            loss = "diverged" if "diverged" in run else f"{run[TOKEN_LOSS]:.4f}"
+            rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
+    yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
+    if len(rows) > 3 and {"A", "B", "C"} <= set(best):
+        a, b, c = (best[arm][TOKEN_LOSS] for arm in "ABC")
+        share = recovered_share(a, b, c)
+        yield (
+            f"The rate was tuned on A. With each arm at the best of its own rates (seed {seed}) the losses are "
+            f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {'undefined' if share is None else f'{share:.3f}'}."
+            + (f" The best of {' and '.join(edges)} is the lowest or highest that was tried." if edges else "")
+        )

@@ -1,0 +1,69 @@
+"""Changing what one module does by swapping the class of that instance.
+
+:func:`swap_class` gives a module a subclass of its class in which a mixin comes first; :func:`restore_class` gives the
+class back. Unlike a ``forward`` that is set on the instance, this survives ``deepcopy`` and pickling: a copy runs on
+its own weights. Parameters, hooks, ``state_dict`` and ``isinstance`` stay as they were. The subclass has the name of
+the original class, because ``save_pretrained`` writes that name into the model's configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+class SwappedClass:
+    """Base of all mixins, and by that of all classes that :func:`swap_class` makes."""
+
+    _patch_state: Any  # what swap_class was given for this module
+    _patch_original_class: Any
+    _patch_mixin: Any
+
+    @classmethod
+    def attributes_for(cls, original_class: Any) -> dict[str, Any]:
+        """Attributes of the swapped class that depend on the original class; none by default."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the original class and the mixin, since pickle cannot find the class made of them by its name."""
+        cls = type(self)
+        return new_instance, (cls._patch_original_class, cls._patch_mixin), self.__dict__.copy()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel runs replicas in threads, which share a patch step; run one process a GPU (torchrun)"
+        )
+
+
+def swap_class(module: Any, mixin: Any, state: Any) -> None:
+    """Puts ``mixin`` before the class of ``module``; the mixin's methods find ``state`` as ``self._patch_state``."""
+    original_class: Any = type(module)
+    module.__class__ = swapped_class(original_class, mixin)
+    module._patch_state = state
+
+
+def restore_class(module: Any) -> None:
+    """Gives ``module`` the class back that it had before :func:`swap_class`; without effect on any other module."""
+    if isinstance(module, SwappedClass):
+        module.__class__ = type(module)._patch_original_class
+        del module._patch_state
+
+
+@functools.cache
+def swapped_class(original_class: Any, mixin: Any) -> Any:
+    """The subclass of ``original_class`` with ``mixin`` before it; the same class for the same arguments."""
+    attributes = {
+        "__module__": original_class.__module__,
+        "__qualname__": original_class.__qualname__,
+        "__doc__": original_class.__doc__,
+        "_patch_original_class": original_class,
+        "_patch_mixin": mixin,
+        **mixin.attributes_for(original_class),
+    }
+    return type(original_class.__name__, (mixin, original_class), attributes)
+
+
+def new_instance(original_class: Any, mixin: Any) -> Any:
+    """An instance of the swapped class without attributes, which ``pickle`` and ``deepcopy`` then fill."""
+    cls = swapped_class(original_class, mixin)
+    return cls.__new__(cls)

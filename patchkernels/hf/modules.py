@@ -1,0 +1,140 @@
+"""The embedding and the head of a Hugging Face model in a patch step, and what they share with the model.
+
+The classes here are mixins: :func:`patchkernels.hf.enable` puts them before the classes of the two modules. Outside of
+a patch step the modules do what they did before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from patchkernels.hf.class_swap import SwappedClass
+from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
+from patchkernels.ops.patch_embedding import patch_embedding
+
+
+class LogitMap(NamedTuple):
+    """What a model makes of its head's output z: ``softcap * tanh(scale z / softcap)``; ``scale z`` without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass
+class PatchSettings:
+    """What :func:`patchkernels.hf.enable` decided for a model."""
+
+    patch_size: int = 1  # of batches that bring labels; a batch that brings patches has its own
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    logit_map: LogitMap | None = None  # None: the loss cannot be formed in the head
+
+
+@dataclass
+class PatchStep:
+    """One call of a model's forward on patches."""
+
+    target: Tensor  # (B, P, K)
+    fused: bool  # whether the head computes the loss in place of logits
+    loss: Tensor | None = None  # computed by the head, until the model's loss function returns it
+    losses: Tensor | None = None  # (B, P, K), of every target, without gradient; 0 where ignored
+
+
+@dataclass
+class PatchState:
+    """What a model shares with its embedding, its head and PEFT's wrapper for as long as it is enabled."""
+
+    settings: PatchSettings
+    step: PatchStep | None = None  # while a patch step runs
+    last_step: PatchStep | None = None  # the last one that ended, for logging the loss of each slot
+
+
+class PatchEmbeddingMixin(SwappedClass):
+    """Makes an ``nn.Embedding`` return the mean of each patch where it is asked to; never keeps all embeddings."""
+
+    def forward(self: Any, input: Tensor, patch_size: int = 1) -> Tensor:
+        """Token ids (B, T) to (B, T / patch_size, D)."""
+        if patch_size == 1:
+            embedded: Tensor = super().forward(input)  # type: ignore[misc]
+            return embedded
+        if isinstance(self.weight, DTensor) and self.weight.placements != (Shard(0),):
+            # The operator takes a table that is sharded by rows, not one that is sharded by columns.
+            return patch_means(super().forward(input), patch_size)  # type: ignore[misc]
+        weight = self.weight if self.padding_idx is None else WithoutRowGradient.apply(self.weight, self.padding_idx)
+        means: Tensor = patch_embedding(input, weight, patch_size)
+        return means
+
+
+class LossHeadMixin(SwappedClass):
+    """Makes an ``nn.Linear`` compute the loss in a fused patch step, in place of logits that are never kept."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss, in the shape of a single logit, which the model may scale or cap like any other.
+
+        It is stored here, before the model does so, but after the hooks of this module: FSDP2 starts the backward of
+        the head in a hook on what the head returned.
+        """
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        step: PatchStep | None = self._patch_state.step
+        if step is not None and step.fused:
+            step.loss = output.reshape(())
+        return output
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """Hidden states (B, P, D) to logits (B, P, V), or in a fused patch step to the loss (1, 1, 1)."""
+        settings: PatchSettings = self._patch_state.settings
+        step: PatchStep | None = self._patch_state.step
+        if step is None or not step.fused:
+            logits: Tensor = super().forward(input)  # type: ignore[misc]
+            return logits
+        assert settings.logit_map is not None
+        scale, softcap = settings.logit_map
+        loss, step.losses = linear_patch_cross_entropy(
+            input * scale if scale != 1 else input,
+            self.weight,
+            step.target,
+            linear_bias=None if self.bias is None else self.bias * scale,
+            softcap=softcap,
+            reduction=settings.reduction,
+            label_smoothing=settings.label_smoothing,
+            return_losses=True,
+        )
+        output: Tensor = loss.reshape(1, 1, 1).clone()  # a copy, because FSDP2 warns of views
+        return output
+
+
+class WithoutRowGradient(torch.autograd.Function):
+    """The weight itself, with a gradient of 0 in one row.
+
+    That row is the padding token's. It takes part in the means, and ``nn.Embedding`` gives it no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        grad[ctx.row] = 0
+        return grad, None
+
+
+def patch_means(embedded: Tensor, patch_size: int) -> Tensor:
+    """Embeddings of tokens (B, T, D) to means of patches (B, T / patch_size, D)."""
+    means: Tensor = embedded.unflatten(1, (-1, patch_size)).mean(2)
+    return means
+
+
+def runs_forward_of(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether calling the module runs the forward of ``cls`` (``nn.Linear``, ``nn.Embedding``), but for our mixins."""
+    if not isinstance(module, cls) or "forward" in module.__dict__:
+        return False
+    candidates = (c for c in type(module).__mro__ if "forward" in c.__dict__ and not issubclass(c, SwappedClass))
+    return next(candidates, None) is cls

@@ -1,0 +1,78 @@
+"""What training a model costs: FLOPs of a step, and memory on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from patchkernels.model.config import PatchLMConfig
+from patchkernels.model.patch_lm import PatchLM
+from patchkernels.ops.linear_buffers import LOGITS_BYTES
+from patchkernels.schedule import Schedule
+
+
+def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: int) -> int:
+    """FLOPs of one forward and backward over ``rows`` of ``positions``, counted on the meta device.
+
+    These are the usual model FLOPs: matrix products alone, attention's full square included, recomputation left out.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = dataclasses.replace(
+        config, attention="sdpa", activation_checkpointing=False, max_position_embeddings=max(positions, 1)
+    )
+    with torch.device("meta"):
+        model = PatchLM(config)
+        ids = torch.zeros(1, positions * patch_size, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, ids, patch_size).backward()
+    return rows * int(counter.get_total_flops())  # FLOPs are proportional to the rows, so that one is enough
+
+
+def step_flops(config: PatchLMConfig, schedule: Schedule) -> list[int]:
+    """FLOPs of one optimizer step, for each phase."""
+    return [
+        count_flops(config, schedule.batch_size, schedule.positions(phase), phase.patch_size)
+        for phase in schedule.phases
+    ]
+
+
+def memory_bytes(
+    config: PatchLMConfig, rows: int, positions: int, shards: int = 1, tensor_parallel: int = 1
+) -> dict[str, int]:
+    """An estimate of the memory on one GPU, by what it holds: fp32 parameters, bf16 autocast, AdamW.
+
+        16 N / (S TP)  +  4 (N_b + N_r) / TP  +  activations / TP  +  logits  +  4 V D / TP
+
+    N are the model's parameters, S = ``shards`` those of FSDP, TP = ``tensor_parallel``.
+
+    - Parameters, gradients and AdamW's two moments take 4 bytes each, 16 a parameter.
+    - With FSDP (S > 1) two units are whole at a time, the one at work and the one fetched ahead: a block of N_b
+      parameters, and the root of N_r (embedding, last norm and head).
+    - Activations take ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes a position in each layer, where H_q and H_kv are the
+      widths of queries and keys and F that of the MLP. With activation checkpointing every layer keeps ``2 D`` bytes a
+      position, and one layer at a time all of them.
+    - The logits take the fused loss's buffer, and the head's gradient ``4 V D`` bytes in fp32.
+
+    A patch phase needs the same at equal positions a step; at equal raw tokens a step its activations are 1/K of it.
+    """
+    with torch.device("meta"):
+        model = PatchLM(config)
+    parameters, in_layers = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers))
+    layers = config.num_hidden_layers
+    queries, keys = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
+    layer = 2 * (10 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size) * rows * positions
+    layer_inputs = 2 * config.hidden_size * rows * positions * layers
+    activations = layer_inputs + layer if config.activation_checkpointing else layer * layers
+    logits = min(LOGITS_BYTES["cuda"], 2 * rows * positions * config.vocab_size // tensor_parallel)
+    whole_units = 4 * (in_layers // layers + parameters - in_layers) // tensor_parallel
+    return {
+        "parameters": 4 * parameters // (shards * tensor_parallel),
+        "gradients": 4 * parameters // (shards * tensor_parallel),
+        "AdamW moments": 8 * parameters // (shards * tensor_parallel),
+        **({"units at work": whole_units} if shards > 1 else {}),
+        "activations": activations // tensor_parallel,
+        "logits and head gradient": logits + 4 * config.vocab_size * config.hidden_size // tensor_parallel,
+    }

@@ -1,0 +1,272 @@
+"""A LLaMA-shaped language model over patches: patch embedding, transformer, head with the K-token loss.
+
+Modules and parameters have Hugging Face's names, so that ``state_dict()`` has the names of ``LlamaForCausalLM`` (with
+QK-norm those of ``Qwen3ForCausalLM``). The patch size is an argument of the call, and positions are positions of
+patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from patchkernels.model.attention import attention, document_positions, document_starts
+from patchkernels.model.config import PatchLMConfig
+from patchkernels.model.hugging_face import EMBEDDING_WEIGHT, HEAD_WEIGHT, read_folder, write_folder
+from patchkernels.nn import PatchEmbedding, PatchLMHead
+from patchkernels.ops.targets import mask_document_starts, next_patch_targets
+
+
+class PatchLM(nn.Module):
+    """A LLaMA-shaped language model that reads patches of any size with the same parameters."""
+
+    def __init__(self, config: PatchLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = PatchLMHead(config.hidden_size, config.vocab_size)
+        self.apply(self._initialize)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T)
+        labels: Tensor | None = None,  # (B, T), not shifted
+        patch_size: int = 1,
+        reduction: str = "mean",
+        document_ids: Tensor | None = None,  # (B, T), non-decreasing along T
+    ) -> Tensor:
+        """Logits ``(B, T / K, V)``, or with labels the loss of predicting each next patch (PatchTrain, section 2).
+
+        Args:
+            input_ids: token ids, T divisible by ``patch_size``.
+            labels: usually ``input_ids`` themselves: the model moves them on by one patch. -100 is ignored.
+            patch_size: K. 1 makes it an ordinary language model.
+            reduction: that of :func:`patchkernels.patch_cross_entropy`; ``"none"`` gives ``(B, T / K, K)``.
+            document_ids: which of several documents packed into a row each token belongs to. Documents must begin on
+                patch boundaries. Positions restart with each document, no position sees another document, and none
+                predicts the first patch of the next one. On a GPU, where looking at the ids would cost a
+                synchronisation, a patch that straddles two documents counts to the document of its first token.
+
+        Raises:
+            ValueError: shapes that do not fit, T not divisible by K, more positions than the model has, a patch
+                that straddles documents (on a CPU).
+            IndexError: ids or labels outside the vocabulary (on a CPU).
+        """
+        patch_size = int(patch_size)  # torch.compile may have made it symbolic; as an int, every K has its own graph
+        self._check_shapes(input_ids, labels, patch_size, document_ids)
+        documents = None if document_ids is None else _patch_documents(document_ids, patch_size)
+        hidden = self.model(input_ids, patch_size, documents)
+        if labels is None:
+            logits: Tensor = self.lm_head(hidden)
+            return logits
+        target = patch_targets(labels, patch_size, document_ids)
+        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction)
+        return loss
+
+    def _check_shapes(
+        self, input_ids: Tensor, labels: Tensor | None, patch_size: int, document_ids: Tensor | None
+    ) -> None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}")
+        for name, tensor in (("labels", labels), ("document_ids", document_ids)):
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
+                )
+        if patch_size < 1 or input_ids.shape[1] % patch_size:
+            raise ValueError(
+                f"the number of tokens must be divisible by patch_size, got {input_ids.shape[1]} and {patch_size}"
+            )
+        positions = input_ids.shape[1] // patch_size
+        if positions > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{positions} positions are more than max_position_embeddings={self.config.max_position_embeddings}"
+            )
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **token_ids: int) -> None:
+        """Writes a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` loads.
+
+        It holds ``config.json`` and ``model.safetensors`` of a LLaMA, or of a Qwen3 if the model has QK-norm.
+        ``token_ids`` (``bos_token_id``, ``eos_token_id``) go into the configuration.
+        """
+        write_folder(directory, self.config, self.state_dict(), token_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **changes: Any
+    ) -> PatchLM:
+        """The model in a Hugging Face folder of a LLaMA or a Qwen3, whose weights are one file or several.
+
+        Args:
+            dtype: of the parameters; None keeps that of the file.
+            changes: settings of :class:`PatchLMConfig` to change (``attention="sdpa"``, say).
+
+        Raises:
+            FileNotFoundError: no such folder, configuration or weights.
+            ValueError: another architecture, a feature this model does not have, weights that do not fit.
+        """
+        config, weights = read_folder(directory)
+        config = dataclasses.replace(config, **changes)
+        if config.tie_word_embeddings:
+            weights.setdefault(HEAD_WEIGHT, weights.get(EMBEDDING_WEIGHT, torch.empty(0)))
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        wrong = [name for name in expected if name not in weights or weights[name].shape != expected[name]]
+        extra = [name for name in weights if name not in expected]
+        if wrong or extra:
+            raise ValueError(
+                f"{Path(directory)}: weights missing or of another shape: {wrong[:5]}, unexpected: {extra[:5]}"
+            )
+        model.load_state_dict(weights, assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        return model if dtype is None else model.to(dtype)
+
+
+def patch_targets(labels: Tensor, patch_size: int, document_ids: Tensor | None) -> Tensor:
+    """The targets of every patch, ``(B, T / K, K)``: the next patch's tokens, if it is of the same document.
+
+    :func:`patchkernels.next_patch_targets`, with the first patch of every document ignored.
+    """
+    target = next_patch_targets(labels, patch_size)
+    if document_ids is None:
+        return target
+    return mask_document_starts(target, document_starts(_patch_documents(document_ids, patch_size)))
+
+
+def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:
+    """The document of every patch, ``(B, T / K)``: that of its first token."""
+    patches = document_ids.unflatten(1, (-1, patch_size))
+    if document_ids.device.type == "cpu" and bool((patches != patches[..., :1]).any()):
+        raise ValueError(f"every document must begin on a patch boundary, a multiple of patch_size={patch_size} tokens")
+    first: Tensor = patches[..., 0]
+    return first
+
+
+class Transformer(nn.Module):
+    """Everything below the head: ``input_ids (B, T)`` and ``documents (B, P)`` to hidden states ``(B, P, D)``."""
+
+    def __init__(self, config: PatchLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = PatchEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, patch_size: int, documents: Tensor | None) -> Tensor:
+        x = self.embed_tokens(input_ids, patch_size=patch_size)  # (B, P, D)
+        rotary = rotary_table(x, documents, self.config)
+        for block in self.layers:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, documents, use_reentrant=False)
+            else:
+                x = block(x, rotary, documents)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean x^2 + eps)``, the statistics in fp32 (in fp64 for fp64)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return self.weight * F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """A transformer layer: attention and MLP, each behind an RMSNorm and added to what it read."""
+
+    def __init__(self, config: PatchLMConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, documents)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries and rotary positions; QK-norm if the configuration asks for it."""
+
+    def __init__(self, config: PatchLMConfig) -> None:
+        super().__init__()
+        self.backend = config.attention
+        self.head_size = config.head_size
+        query_size = config.num_attention_heads * config.head_size
+        key_size = config.key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None) -> Tensor:
+        q, k, v = (
+            rearrange(projection(x), "b p (h d) -> b p h d", d=self.head_size)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Under autocast the norms' fp32 weights widen q and k; attention wants all three in one dtype.
+        q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
+        out = attention(q, k, v, document_ids=documents, backend=self.backend)
+        projected: Tensor = self.o_proj(rearrange(out, "b p h d -> b p (h d)"))
+        return projected
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: PatchLMConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def rotary_table(x: Tensor, documents: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)`` (RoFormer, arXiv 2104.09864).
+
+    Positions restart with every document. The angles are formed in fp32 and the results cast to the dtype of ``x``.
+    """
+    position = torch.arange(x.shape[1], device=x.device)[None] if documents is None else document_positions(documents)
+    exponent = torch.arange(0, config.head_size, 2, device=x.device).float() / config.head_size
+    angle = position[..., None].float() * (1.0 / config.rope_theta**exponent)
+    angle = torch.cat([angle, angle], -1).unsqueeze(-2)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding, with a head's two halves as the coordinates (the layout of Hugging Face's LLaMA)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

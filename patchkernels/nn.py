@@ -1,0 +1,72 @@
+"""The operators as modules: drop-in for ``nn.Embedding`` and for ``nn.Linear`` + ``F.cross_entropy``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
+from patchkernels.ops.patch_embedding import patch_embedding
+
+
+class PatchEmbedding(nn.Embedding):
+    r"""``out[..., p, :] = (1/K) sum_k weight[input_ids[..., p*K + k], :]``: an ``nn.Embedding`` that reads patches.
+
+    Same parameter, same ``state_dict``; at ``patch_size=1`` the same values, bit for bit. ``patch_size`` may be
+    changed at any time. Maps ids of shape ``(..., T)`` to ``(..., T / K, D)``; errors as :func:`patch_embedding`.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: D.
+        patch_size: K, at least 1.
+        padding_idx: left out of the mean, no gradient.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        patch_size: int = 1,
+        *,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, device=device, dtype=dtype)
+        self.patch_size = patch_size
+
+    def forward(self, input_ids: Tensor, patch_size: int | None = None) -> Tensor:
+        """``patch_size`` overrides the module's for this call."""
+        size = self.patch_size if patch_size is None else patch_size
+        return patch_embedding(input_ids, self.weight, size, padding_idx=self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, patch_size={self.patch_size}"
+
+
+class PatchLMHead(nn.Linear):
+    r"""``head(x) = x W^T + b``; ``head(x, target) = patch_cross_entropy(x W^T + b, target)`` without keeping logits.
+
+    Same parameters and ``state_dict`` as ``nn.Linear``, without a bias by default. Loss and logits both go through
+    ``forward``, so that module hooks (FSDP's, say) see them. Options of the loss and errors are those of
+    :func:`linear_patch_cross_entropy`. Pass ``target`` by keyword where torch's tensor parallel is to shard the head:
+    the hooks of its styles drop positional arguments after the first.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
+        """Logits ``(..., V)`` without a target; with one, ``(..., K)`` or ``(...)``, the loss."""
+        if target is None:
+            if options:
+                raise ValueError(f"options of the loss need a target, got {sorted(options)} without one")
+            return super().forward(input)
+        loss: Tensor = linear_patch_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
+        return loss

@@ -1,0 +1,80 @@
+"""Conventions of the arithmetic that both backends and the operators share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # the label of a position that has no target, as in torch.nn.functional.cross_entropy
+
+
+class LossOptions(NamedTuple):
+    """What the loss of a row depends on, beside its logits and its targets."""
+
+    ignore_index: int = IGNORE_INDEX
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    z_loss_weight: float = 0.0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over values of ``dtype`` are taken in: fp64 for fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_counts(
+    ids: Tensor,  # (N, K)
+    padding_idx: int | None,
+    dtype: torch.dtype,
+) -> Tensor:  # (N)
+    """``1 / (tokens of a patch that are not padding)``; 1 for a patch that holds nothing but padding."""
+    patches, patch_size = ids.shape
+    if padding_idx is None or patch_size == 1:
+        return torch.full((patches,), 1 / patch_size, dtype=dtype, device=ids.device)
+    return (ids != padding_idx).sum(-1).clamp(min=1).to(dtype).reciprocal()
+
+
+def check_ids(ids: Tensor, vocab: int) -> None:
+    """Raises IndexError for a token id outside [0, V).
+
+    Ids on a GPU are not looked at: that would wait for all work before them.
+    """
+    if ids.device.type == "cpu" and ids.numel():
+        for extreme in ids.aminmax():
+            if not 0 <= extreme < vocab:
+                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme.item()}")
+
+
+def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises IndexError for a target outside [0, V) that is not ``ignore_index``.
+
+    Targets on a GPU are not looked at: that would wait for all work before them.
+    """
+    if target.device.type == "cpu":
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
+        if len(bad):
+            raise IndexError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {bad[0].item()}")
+
+
+def row_losses(
+    lse: Tensor,  # (N), log-sum-exp of each row's logits
+    picked: Tensor,  # (N, K), the logits of the targets
+    mean: Tensor,  # (N), mean of each row's logits; used only with label smoothing
+    target: Tensor,  # (N, K)
+    vocab: int,
+    options: LossOptions,
+) -> Tensor:  # (N, K)
+    """``l = lse - (1 - e) z_t - e mean_v z_v + z_loss_weight lse^2``, from the statistics of a row.
+
+    The loss of an ignored target is 0, that of a target outside [0, V) is NaN.
+    """
+    lse = lse.unsqueeze(1)
+    losses = lse - (1 - options.label_smoothing) * picked
+    if options.label_smoothing:
+        losses = losses - options.label_smoothing * mean.unsqueeze(1)
+    if options.z_loss_weight:
+        losses = losses + options.z_loss_weight * lse**2
+    losses = losses.masked_fill((target < 0) | (target >= vocab), torch.nan)
+    return losses.masked_fill(target == options.ignore_index, 0)

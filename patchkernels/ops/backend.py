@@ -1,0 +1,66 @@
+"""Which backend computes: Triton kernels for tensors on a GPU, PyTorch code elsewhere.
+
+The folders ``kernels`` (Triton) and ``eager`` (PyTorch) hold the same modules with the same functions. The operators
+take theirs from :func:`implementation`; no other code asks which backend runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "eager")
+FOLDERS = {"triton": "patchkernels.kernels", "eager": "patchkernels.eager"}
+
+
+def implementation(operator: str, backend: str) -> Any:
+    """The module of an operator (``"patch_embedding"``, ``"cross_entropy"``) in the folder of a backend.
+
+    It is imported when it is first needed, because the kernels bring Triton with them.
+    """
+    return importlib.import_module(f"{FOLDERS[backend]}.{operator}")
+
+
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """The backend, ``"triton"`` or ``"eager"``, that runs for ``tensor``.
+
+    ``"auto"`` is Triton for a tensor on a GPU, without falling back in silence, and eager elsewhere.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: Triton is needed (asked for by name, or by ``"auto"`` on a GPU) and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "eager" or (backend == "auto" and tensor.device.type != "cuda"):
+        return "eager"
+    if not _has_triton():
+        raise RuntimeError(
+            f"backend={backend!r} on {tensor.device} needs triton, which is not installed "
+            "(pip install triton, or pass backend='eager')"
+        )
+    if tensor.device.type != "cuda" and not _interpreted():
+        raise RuntimeError(
+            f"backend='triton' needs a tensor on a GPU, got one on {tensor.device} "
+            "(TRITON_INTERPRET=1 runs the kernels interpreted)"
+        )
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RuntimeError(
+            f"backend='triton' computes in float32, bfloat16 and float16, got {tensor.dtype} (pass backend='eager')"
+        )
+    return "triton"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,0 +1,103 @@
+"""What the three ways of the fused linear loss share: memory budgets, chunks, products, outputs, scales.
+
+The three ways are chunks of rows, slices of the vocabulary, and a vocabulary in shards over processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from patchkernels.numerics import accumulation_dtype
+
+# Bytes of logits that are held at a time. The fp32 gradient of the head is read and written once for every chunk of
+# rows, so few large chunks are fast. A loss without gradients has no such sum and takes smaller chunks.
+LOGITS_BYTES = {"cuda": 2**30, "cpu": 2**26}
+LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """The body of a custom operator runs under the caller's autocast, which would cast its fp32 sums."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
+    """Rows of a chunk: chunks of equal size within the budget, no more of them than it asks for.
+
+    The size is a multiple of 128 where that fits the budget.
+    """
+    most = max(1, budget // max(row_bytes, 1))
+    if rows <= most:
+        return max(rows, 1)
+    even = -(-rows // -(-rows // most))
+    return min(-(-even // 128) * 128, most)
+
+
+def logits_chunks(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    chunk: int,
+    buffer: Tensor,  # (chunk, V)
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each chunk and their logits, which lie in one buffer and are overwritten by the next chunk's."""
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        z = buffer[: len(x[rows])]
+        multiply_into(z, x[rows], weight, bias)
+        yield rows, z
+
+
+def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``z = x W^T + b``"""
+    if bias is None:
+        torch.mm(x, weight.T, out=z)
+    else:
+        torch.addmm(bias, x, weight.T, out=z)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in the dtype of ``total``; on a GPU 16-bit factors are multiplied without a copy of them."""
+    if a.is_cuda and a.dtype == b.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def new_outputs(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,
+    target: Tensor,  # (N, K)
+    c: Tensor | None,  # None: no gradients are wanted
+    needs: Sequence[bool],
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D), db (V)
+    """Memory for the losses and gradients; gradients that are not needed are empty. dW and db are sums in fp32.
+
+    It takes the arguments of the operators that return these four, and so is their fake too.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    need_dx, need_dw, need_db = (c is not None and needed for needed in needs)
+    return (
+        x.new_empty(target.shape, dtype=dtype),
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(weight.shape if need_dw else (0,), dtype=dtype),
+        x.new_empty(weight.shape[:1] if need_db else (0,), dtype=dtype),
+    )
+
+
+def power_of_two_scale(c: Tensor) -> tuple[Tensor, Tensor]:
+    """``(scale, c / scale)`` with ``1 <= max |c / scale| < 2``.
+
+    dlogits formed from it are of order 1 and do not vanish in fp16, whatever N is. The scale is a power of two, so
+    that multiplying a rounded gradient by it rounds nothing.
+    """
+    largest = c.abs().amax() if c.numel() else c.sum()
+    scale = torch.where(largest != 0, largest.log2().floor().exp2(), 1)
+    return scale, c / scale

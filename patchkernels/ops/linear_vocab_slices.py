@@ -1,0 +1,197 @@
+"""The fused linear loss in the least memory, by slices of the vocabulary: ``memory="low"``.
+
+The logits exist for a few classes of all rows at a time:
+
+    forward    z_s = x W_s^T;   max, sum exp, sum z and z[target] of each row go on          1 product
+    backward   z_s = x W_s^T;   dz_s in place;   dW_s = dz_s^T x;   dx += dz_s W_s           3 products
+
+Between the two only the log-sum-exp of each row is kept. A slice of dW is one product, formed in place and in its
+own dtype, so that no fp32 dW exists; dx is summed in fp32. No gradient is left out, however small (Cut Cross
+Entropy's filter, arXiv 2411.09009, section 4.3, is biased while the model is young).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from patchkernels.numerics import LossOptions, accumulation_dtype, row_losses
+from patchkernels.ops.backend import implementation
+from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
+from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
+from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
+
+SMALLEST_SLICE_BYTES = 2**20  # a thinner slice multiplies badly
+
+
+def vocab_slice_losses(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    target: Tensor,  # (N, K)
+    needs: list[bool],  # gradients of x, weight, bias
+    options: LossOptions,
+    logits_bytes: int | None,  # None: about 1 % of the logits in 16 bits, with the statistics of the rows
+    backend: str,
+) -> Tensor:  # l (N, K)
+    """The losses of all targets, unweighted, in fp32 (fp64 for fp64)."""
+    slice_bytes = logits_bytes or max(2 * len(x) * len(weight) // 128, SMALLEST_SLICE_BYTES)
+    losses: Tensor = _VocabSliceLosses.apply(x, weight, bias, target, needs, options, slice_bytes, backend)[0]
+    return losses
+
+
+def slice_columns(vocab: int, column_bytes: int, budget: int) -> int:
+    """Classes of a slice: as many as the budget holds, in multiples of 128 where it holds so many, else of 16."""
+    most = max(budget // max(column_bytes, 1), 1)
+    multiple = 128 if most >= 128 else 16
+    return min(max(most // multiple, 1) * multiple, vocab)
+
+
+class _VocabSliceLosses(torch.autograd.Function):
+    """``l (N, K)`` and ``lse (N)``; the backward forms the logits once more."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        needs: list[bool],
+        options: LossOptions,
+        slice_bytes: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        op = torch.ops.patchkernels.linear_low_memory
+        losses, lse = op(x, weight, bias, target, slice_bytes, backend, *options)
+        return losses, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, target, ctx.needs, ctx.options, ctx.slice_bytes, ctx.backend = inputs
+        _, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(x, weight, bias, target, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        op = torch.ops.patchkernels.linear_low_memory_backward
+        grads = op(grad, *ctx.saved_tensors, ctx.needs, ctx.slice_bytes, ctx.backend, *ctx.options)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs)), *(None,) * 5
+
+
+@torch.library.custom_op(
+    "patchkernels::linear_low_memory",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, int slice_bytes, str backend, "
+    f"{LOSS_OPTIONS}) -> (Tensor, Tensor)",
+)
+@without_autocast()
+def _forward(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    target: Tensor,  # (N, K)
+    slice_bytes: int,  # what the logits of a slice may take
+    backend: str,
+    *loss_options: Any,
+) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
+    options, cross_entropy = LossOptions(*loss_options), implementation("cross_entropy", backend)
+    cross_entropy.check_targets(target, len(weight), options.ignore_index)
+    dtype = accumulation_dtype(x.dtype)
+    target = target.contiguous()
+    statistics = x.new_zeros(3, len(x), dtype=dtype)  # max z, sum exp(z - max), sum z
+    statistics[0] = -torch.inf
+    picked = x.new_zeros(target.shape, dtype=dtype)
+    for first, z in _slices(x, weight, bias, slice_bytes, options, cross_entropy):
+        cross_entropy.slice_statistics_(z, first, target, statistics, picked, options, keep_logits=False)
+    largest, total, sum_z = statistics
+    lse = largest + total.log()
+    return row_losses(lse, picked, sum_z / len(weight), target, len(weight), options), lse
+
+
+@torch.library.custom_op(
+    "patchkernels::linear_low_memory_backward",
+    mutates_args=(),
+    schema="(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor lse, bool[] needs, "
+    f"int slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+@without_autocast()
+def _backward(
+    c: Tensor,  # (N, K), dL/dl
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    target: Tensor,  # (N, K)
+    lse: Tensor,  # (N)
+    needs: list[bool],  # gradients of x, weight, bias
+    slice_bytes: int,  # what the logits of a slice may take
+    backend: str,
+    *loss_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dW (V, D), db (V) in the dtype of x; empty if not needed
+    options, cross_entropy = LossOptions(*loss_options), implementation("cross_entropy", backend)
+    need_dx, need_dw, need_db = needs
+    scale, c = power_of_two_scale(c)
+    target, vocab = target.contiguous(), len(weight)
+    dtype = accumulation_dtype(x.dtype)
+    dx, dw, db = _new_gradients(x, weight, needs)
+    sum_dx = x.new_zeros(dx.shape, dtype=dtype)
+    for first, z in _slices(x, weight, bias, slice_bytes, options, cross_entropy):
+        classes = slice(first, first + z.shape[1])
+        dz = cross_entropy.slice_gradient_(z, first, vocab, target, c, lse, options)
+        if need_dx:
+            add_product(sum_dx, dz, weight[classes])
+        if need_dw:
+            torch.mm(dz.T, x, out=dw[classes])
+            dw[classes] *= scale
+        if need_db:
+            db[classes] = dz.sum(0, dtype=dtype) * scale
+    return (sum_dx.mul_(scale).to(x.dtype) if need_dx else dx), dw, db
+
+
+def _slices(
+    x: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V)
+    slice_bytes: int,
+    options: LossOptions,
+    cross_entropy: Any,  # of a backend
+) -> Iterator[tuple[int, Tensor]]:
+    """The first class of each slice and its logits, which lie in one buffer and are overwritten by the next slice's."""
+    columns = slice_columns(len(weight), len(x) * cross_entropy.bytes_per_logit(x.dtype, options), slice_bytes)
+    buffer = cross_entropy.logits_buffer(len(x), weight[:columns])
+    for first in range(0, len(weight), columns):
+        part = weight[first : first + columns]
+        z = buffer[:, : len(part)]
+        multiply_into(z, x, part, None if bias is None else bias[first : first + columns])
+        yield first, z
+
+
+def _new_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dw, need_db = needs
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(weight.shape if need_dw else (0,)),
+        x.new_empty(weight.shape[:1] if need_db else (0,)),
+    )
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(target.shape, dtype=dtype), x.new_empty(target.shape[:1], dtype=dtype)
+
+
+@_backward.register_fake
+def _(
+    c: Tensor, x: Tensor, weight: Tensor, bias: Any, target: Tensor, lse: Tensor, needs: list[bool], *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_gradients(x, weight, needs)
+
+
+register_flops(torch.ops.patchkernels.linear_low_memory, logits_flops)
+register_flops(torch.ops.patchkernels.linear_low_memory_backward, slices_backward_flops)

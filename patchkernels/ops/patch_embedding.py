@@ -1,0 +1,218 @@
+"""Operator 1, patch embedding: the mean of K token embeddings, forward and backward.
+
+    out[..., p, :] = (1/K) sum_k weight[input_ids[..., p K + k], :]
+    dW[v]          = (1/K) sum over occurrences of v of dout[p]
+
+The table may be sharded by its rows over processes: every process holds the same ids and its own rows, the sum over
+processes is taken in fp32 and rounded once, and the gradient of a shard needs no communication.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from patchkernels.numerics import accumulation_dtype, check_ids, inverse_counts
+from patchkernels.ops.backend import choose_backend, implementation
+from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
+
+
+def patch_embedding(
+    input_ids: Tensor,  # (..., T), int32 or int64
+    weight: Tensor,  # (V, D)
+    patch_size: int,
+    *,
+    padding_idx: int | None = None,
+    backend: str = "auto",
+) -> Tensor:  # (..., T / K, D)
+    r"""``out[..., p, :] = (1/K) sum_k weight[input_ids[..., p*K + k], :]``
+
+    The input of a patch is the mean of the embeddings of its ``patch_size`` tokens (PatchTrain, arXiv 2407.12665,
+    section 2; TST, arXiv 2605.06546). The sum is taken in fp32 and rounded once. The gradient is summed in fp32 in a
+    fixed order, so that it is the same to the last bit from run to run.
+
+    Args:
+        input_ids: token ids, shape ``(..., T)`` with T divisible by ``patch_size``, int32 or int64.
+        weight: the embedding matrix, shape ``(V, D)``; float32, bfloat16 or float16 (float64 too in the eager backend).
+            A DTensor of placements ``Shard(0)`` is a table sharded by its rows: every process gives the same ids, and
+            the result is the same on all of them.
+        patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
+        padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
+            for K > 1 a patch of nothing but padding is zero.
+        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+
+    Returns:
+        shape ``(..., T / K, D)``, the dtype of ``weight``.
+
+    Raises:
+        ValueError: K < 1, T not divisible by K, ``weight`` not 2-D or sharded otherwise than by rows, ``padding_idx``
+            outside the table, two devices.
+        TypeError: ids that are not integers, a weight that is not floating point.
+        RuntimeError: a backend that cannot run.
+        IndexError: an id outside [0, V), on a CPU. On a GPU, where raising would cost a synchronisation, the
+            patch of such an id is NaN and no memory outside ``weight`` is read.
+    """
+    _check_arguments(input_ids, weight, patch_size)
+    ids = replicated(input_ids, "input_ids")
+    weight, shard = vocab_shard(weight, "weight")
+    tokens, vocab = ids.shape[-1], shard.vocab if shard else weight.shape[0]
+    if tokens % patch_size:
+        raise ValueError(
+            f"the number of tokens must be divisible by patch_size, got input_ids of shape "
+            f"{tuple(ids.shape)} and patch_size={patch_size}"
+        )
+    if padding_idx is not None:
+        if not -vocab <= padding_idx < vocab:
+            raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
+        padding_idx %= vocab
+    patches = ids.unflatten(-1, (tokens // patch_size, patch_size))
+    backend = choose_backend(backend, weight)
+    if shard:
+        out: Tensor = _ShardedPatchEmbedding.apply(patches, weight, padding_idx, shard, backend)
+    else:
+        out = _PatchEmbedding.apply(patches, weight, padding_idx, backend)
+    return as_replicated(out, input_ids)
+
+
+def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (V, D), got {tuple(weight.shape)}")
+    if input_ids.ndim == 0:
+        raise ValueError("input_ids must have shape (..., T), got a scalar")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    if input_ids.device != weight.device:
+        raise ValueError(f"input_ids is on {input_ids.device} but weight is on {weight.device}")
+
+
+class _PatchEmbedding(torch.autograd.Function):
+    """A table that this process holds whole."""
+
+    @staticmethod
+    def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> Tensor:
+        out: Tensor = torch.ops.patchkernels.patch_embedding(ids, weight, padding_idx, backend)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, str], output: Tensor) -> None:
+        ids, weight, ctx.padding_idx, ctx.backend = inputs
+        ctx.vocab = weight.shape[0]
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        op = torch.ops.patchkernels.patch_embedding_backward
+        return None, op(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend), None, None
+
+
+class _ShardedPatchEmbedding(torch.autograd.Function):
+    """A table whose rows are sharded over processes."""
+
+    @staticmethod
+    def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, shard: VocabShard, backend: str) -> Tensor:
+        out: Tensor = torch.ops.patchkernels.embedding_vocab_parallel(ids, weight, padding_idx, *shard)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, weight, ctx.padding_idx, ctx.shard, ctx.backend = inputs
+        ctx.rows = len(weight)
+        ctx.save_for_backward(ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        ids, grad = ids.reshape(-1, ids.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        inside = _inside_shard(ids, ctx.rows, ctx.shard.first, ctx.padding_idx)
+        # To the operator the tokens of other shards are padding, an extra row of the table. It divides by the number
+        # of tokens that are not padding, which the scale turns into the number of tokens in the whole vocabulary.
+        local_ids = torch.where(inside, ids - ctx.shard.first, ctx.rows)
+        dtype = accumulation_dtype(grad.dtype)
+        scaled = grad.to(dtype)
+        if ids.shape[1] > 1:
+            scaled = scaled * (inside.sum(1).to(dtype) * inverse_counts(ids, ctx.padding_idx, dtype)).unsqueeze(1)
+        op = torch.ops.patchkernels.patch_embedding_backward
+        total = op(scaled, local_ids, ctx.rows + 1, ctx.rows, ctx.backend)[: ctx.rows]
+        return None, total.to(grad.dtype), None, None, None
+
+
+@torch.library.custom_op("patchkernels::patch_embedding", mutates_args=())
+def _forward(
+    ids: Tensor,  # (..., K)
+    weight: Tensor,  # (V, D)
+    padding_idx: int | None,
+    backend: str,
+) -> Tensor:  # (..., D)
+    out: Tensor = implementation("patch_embedding", backend).forward(
+        ids.reshape(-1, ids.shape[-1]), weight, padding_idx
+    )
+    return out.resize_(*ids.shape[:-1], weight.shape[1])  # no view, so that the caller may change it in place
+
+
+@torch.library.custom_op("patchkernels::patch_embedding_backward", mutates_args=())
+def _backward(
+    grad: Tensor,  # (..., D)
+    ids: Tensor,  # (..., K)
+    vocab: int,
+    padding_idx: int | None,
+    backend: str,
+) -> Tensor:  # (V, D)
+    grad, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1, ids.shape[-1])
+    total: Tensor = implementation("patch_embedding", backend).backward(grad, ids, vocab, padding_idx)
+    return total
+
+
+@torch.library.custom_op("patchkernels::embedding_vocab_parallel", mutates_args=())
+def _sharded_forward(
+    ids: Tensor,  # (..., K), the same on all ranks
+    weight: Tensor,  # (V_r, D)
+    padding_idx: int | None,
+    first: int,
+    vocab: int,
+    group: str,
+) -> Tensor:  # (..., D), the same on all ranks
+    check_ids(ids, vocab)
+    *shape, patch_size = ids.shape
+    ids = ids.reshape(-1, patch_size)
+    dtype = accumulation_dtype(weight.dtype)
+    # Sums begin with -0.0, because -0.0 + x is x to the last bit, also where x is -0.0.
+    total = torch.full((len(ids), weight.shape[1]), -0.0, dtype=dtype, device=weight.device)
+    if len(weight):
+        # at K = 1 the padding row is read like any other, as in F.embedding
+        inside = _inside_shard(ids, len(weight), first, padding_idx if patch_size > 1 else None)
+        for slot, in_shard in zip(ids.T, inside.T):  # never an (N K, D) intermediate
+            rows = weight[(slot - first).clamp(0, len(weight) - 1)]
+            total += rows.masked_fill_(~in_shard.unsqueeze(1), -0.0)
+    sum_(total, group)
+    if patch_size > 1:
+        total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
+    bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
+    out = total.masked_fill_(bad, torch.nan).to(weight.dtype)
+    return out.resize_(*shape, weight.shape[1])  # no view, so that the caller may change it in place
+
+
+def _inside_shard(ids: Tensor, rows: int, first: int, padding_idx: int | None) -> Tensor:
+    """Which ids are rows of this shard; padding is not."""
+    inside = (ids >= first) & (ids < first + rows)
+    return inside if padding_idx is None else inside & (ids != padding_idx)
+
+
+@_forward.register_fake
+@_sharded_forward.register_fake
+def _(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty(*ids.shape[:-1], weight.shape[1])
+
+
+@_backward.register_fake
+def _(grad: Tensor, ids: Tensor, vocab: int, *_: Any) -> Tensor:
+    return grad.new_empty(vocab, grad.shape[-1])

@@ -1,0 +1,170 @@
+"""Targets of the K-token losses: what each row predicts, with which weight, and how the losses are reduced.
+
+Ignored labels, weights, repeated targets and every reduction are one matrix ``c`` of shape (N, K), with
+``loss = sum_nk c_nk l_nk``. Nothing here is of the vocabulary's size, and nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchkernels.numerics import IGNORE_INDEX, LossOptions, accumulation_dtype
+
+REDUCTIONS = ("mean", "slot_mean", "sum", "none")
+
+
+def next_patch_targets(
+    labels: Tensor,  # (..., T)
+    patch_size: int,
+    ignore_index: int = IGNORE_INDEX,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # (..., T / K, K)
+    """``target[b, p, k] = labels[b, (p + 1) K + k]``; the last row is all ``ignore_index``.
+
+    Row p holds the tokens of patch p + 1 (PatchTrain, arXiv 2407.12665, section 2), so that there are as many rows as
+    hidden states and nobody slices or shifts. At K = 1 these are the labels of ordinary next-token training, in the
+    shape ``(..., T, 1)``.
+
+    Args:
+        labels: unshifted labels, shape ``(..., T)`` with T divisible by ``patch_size``.
+        patch_size: K, at least 1.
+        ignore_index: the label of a position without a target.
+        process_group: the processes that a sequence is split over (context parallel), in the order of ranks and at
+            patch boundaries. ``labels`` are this process's part, of whatever length, and its last row is the first
+            patch of the next process. For the mean over the whole sequence every process takes ``reduction="sum"`` and
+            divides by the number of valid targets of all.
+
+    Returns:
+        shape ``(..., T / K, K)``, the dtype of ``labels``.
+
+    Raises:
+        ValueError: K < 1, T not divisible by K, or a process without a patch.
+    """
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if labels.ndim == 0 or labels.shape[-1] % patch_size:
+        raise ValueError(
+            f"labels must have shape (..., T) with T divisible by patch_size, got {tuple(labels.shape)} "
+            f"and patch_size={patch_size}"
+        )
+    patches = labels.unflatten(-1, (labels.shape[-1] // patch_size, patch_size))
+    last = torch.full_like(patches[..., :1, :], ignore_index)
+    if process_group is not None:
+        if not labels.shape[-1]:
+            raise ValueError(f"every process needs a patch of the sequence, got labels {tuple(labels.shape)}")
+        first_patches = [torch.empty_like(last) for _ in range(process_group.size())]
+        dist.all_gather(first_patches, patches[..., :1, :].contiguous(), process_group)
+        last = [*first_patches, last][process_group.rank() + 1]
+    return torch.cat([patches[..., 1:, :], last], dim=-2)
+
+
+def mask_document_starts(
+    target: Tensor,  # (B, P, K)
+    begins: Tensor,  # (B, P) or (1, P), True where a patch begins a document
+) -> Tensor:  # (B, P, K)
+    """Ignores the targets of row p where patch p + 1 begins a document: nothing before it predicts them."""
+    next_begins = F.pad(begins[:, 1:], (0, 1))
+    return target.masked_fill(next_begins.unsqueeze(-1), IGNORE_INDEX)
+
+
+def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: LossOptions, kind: str) -> None:
+    """Raises ValueError or TypeError for arguments that make no loss; ``kind`` names the input in the message."""
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, got {input.dtype}")
+    if input.ndim == 0 or vocab == 0:
+        raise ValueError(f"input must be {kind} with at least one class, got shape {tuple(input.shape)}")
+    if target.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"target must be class indices, int32 or int64, got {target.dtype}")
+    if target.shape[: input.ndim - 1] != input.shape[:-1] or target.ndim not in (input.ndim - 1, input.ndim):
+        raise ValueError(
+            f"target must have shape (..., K) or (...) for an input of {kind}: got target {tuple(target.shape)} "
+            f"for input {tuple(input.shape)}"
+        )
+    if target.ndim == input.ndim and target.shape[-1] == 0:
+        raise ValueError(f"target must hold at least one label a row, got shape {tuple(target.shape)}")
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device} but input is on {input.device}")
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
+    if options.softcap is not None and not options.softcap > 0:
+        raise ValueError(f"softcap must be positive, got {options.softcap}")
+    if not options.z_loss_weight >= 0:
+        raise ValueError(f"z_loss_weight must not be negative, got {options.z_loss_weight}")
+
+
+def weigh_targets(
+    input: Tensor,  # (..., D) or (..., V)
+    target: Tensor,  # (..., K), or (...) for K = 1
+    target_weight: Tensor | None,  # (K) or the shape of target
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:  # target (N, K), c (N, K)
+    """The targets row by row, those of weight 0 ignored, and the matrix ``c`` with ``loss = sum c l``.
+
+    For ``reduction="none"`` the loss is ``c * l``.
+
+    Raises:
+        ValueError: an unknown reduction, or a ``target_weight`` that does not fit.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    dtype = accumulation_dtype(input.dtype)
+    slots = target.shape[-1] if target.ndim == input.ndim else 1
+    row_targets = target.reshape(-1, slots)
+    valid = row_targets != ignore_index
+    slot_weight = torch.ones(slots, dtype=dtype, device=row_targets.device)
+    weight = valid.to(dtype)
+    if target_weight is not None:
+        _check_target_weight(target_weight, target, slots, reduction)
+        if target_weight.shape == (slots,):
+            slot_weight = target_weight.to(dtype)
+            weight = weight * slot_weight
+        else:
+            weight = weight * target_weight.reshape(-1, slots).to(dtype)
+    row_targets = torch.where(weight != 0, row_targets, ignore_index)
+    if reduction == "mean":
+        weight = _divide(weight, weight.sum())
+    elif reduction == "slot_mean":
+        count = valid.sum(0)
+        used = torch.where(count > 0, slot_weight, 0)
+        weight = _divide(valid * _divide(used, used.sum()), count)
+    return row_targets, weight
+
+
+def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, reduction: str) -> None:
+    if target_weight.requires_grad:
+        raise ValueError("target_weight is a constant of the loss; got a tensor that requires grad")
+    if target_weight.device != target.device:
+        raise ValueError(f"target_weight is on {target_weight.device} but target is on {target.device}")
+    if target_weight.shape not in ((slots,), target.shape):
+        raise ValueError(
+            f"target_weight must have shape ({slots},) or {tuple(target.shape)}, got {tuple(target_weight.shape)}"
+        )
+    if reduction == "slot_mean" and target_weight.shape != (slots,):
+        raise ValueError(
+            f"reduction='slot_mean' takes a target_weight of shape ({slots},), one weight a slot, "
+            f"got {tuple(target_weight.shape)}"
+        )
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, 0 where the denominator is 0."""
+    return torch.where(denominator != 0, numerator / torch.where(denominator != 0, denominator, 1), 0)
+
+
+def reduce_losses(
+    losses: Tensor,  # (N, K)
+    c: Tensor,  # (N, K)
+    shape: torch.Size,
+    reduction: str,
+) -> Tensor:
+    """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets.
+
+    The losses of ignored targets are 0, never NaN.
+    """
+    weighted = losses * c
+    return weighted.reshape(shape) if reduction == "none" else weighted.sum()

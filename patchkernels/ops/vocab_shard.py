@@ -1,0 +1,87 @@
+"""A vocabulary in shards: which rows of a weight this process holds, read off its DTensor, and sums over processes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class VocabShard(NamedTuple):
+    """This process's rows of a ``(vocab, D)`` weight: from ``first`` on, as many as its local tensor has."""
+
+    first: int
+    vocab: int
+    group: str  # the name of the process group: operators take no group itself
+
+
+def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
+    """The local rows of a weight and where they lie; None where this process holds all of them.
+
+    Raises:
+        ValueError: a DTensor of other placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension.
+    """
+    if not _is_dtensor(weight):
+        return weight, None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = weight
+    mesh, placements = sharded.device_mesh, sharded.placements
+    if all(placement.is_replicate() for placement in placements):
+        return sharded.to_local(), None
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"{name} must be sharded by its rows, placements (Shard(0),) on a mesh of one dimension, "
+            f"got {placements} on a mesh of shape {tuple(mesh.shape)}"
+        )
+    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    return sharded.to_local(), VocabShard(offset[0], weight.shape[0], mesh.get_group().group_name)
+
+
+def replicated(tensor: Any, name: str) -> Tensor:
+    """The local tensor of a DTensor that every process holds whole; any other tensor itself.
+
+    Raises:
+        ValueError: a DTensor that is not replicated.
+    """
+    if not _is_dtensor(tensor):
+        return tensor  # type: ignore[no-any-return]
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        raise ValueError(f"{name} must be replicated over its mesh, got placements {tensor.placements}")
+    local: Tensor = tensor.to_local()
+    return local
+
+
+def as_replicated(result: Tensor, tensor: Any) -> Tensor:
+    """A result that every process holds, as a replicated DTensor where ``tensor`` is a DTensor."""
+    if not _is_dtensor(tensor):
+        return result
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [Replicate()] * tensor.device_mesh.ndim
+    return DTensor.from_local(result, tensor.device_mesh, placements, run_check=False)
+
+
+def sum_(tensor: Tensor, group: str) -> Tensor:
+    """The sum over the processes of a group, in place."""
+    dist.all_reduce(tensor, dist.ReduceOp.SUM, process_group(group))
+    return tensor
+
+
+def max_(tensor: Tensor, group: str) -> Tensor:
+    """The maximum over the processes of a group, in place."""
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, process_group(group))
+    return tensor
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    by_name: Any = torch._C._distributed_c10d._resolve_process_group
+    group: dist.ProcessGroup = by_name(name)
+    return group
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    """Looks at attributes, not at the type: importing ``DTensor`` takes longer than all the rest of this package."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -1,0 +1,256 @@
+"""The settings of a training run, grouped by what they belong to.
+
+``train``, ``plan`` and ``experiment`` share these classes. On the command line only the data's settings bear the
+group's name (``--data.path``); all others are unambiguous without it (``--lr``, ``--phases``).
+
+A group is checked when the settings of a command are made from it. Were it checked earlier, the command line would
+report the error under a name of its own parser's instead of the command's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from patchkernels.data.corpus import DataConfig
+from patchkernels.model.config import PatchLMConfig
+from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
+from patchkernels.training.processes import PARALLELS
+
+AT_SWITCH = ("carry", "reset")
+
+
+def check_at_least_one(settings: Any, *names: str) -> None:
+    """Raises ``ValueError`` if one of the named settings is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+
+
+@dataclass
+class ModelConfig:
+    """The model that is trained."""
+
+    preset: Annotated[str, arg(name="model")] = "demo"
+    """The preset: demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b or 70b."""
+    qk_norm: bool = False
+    """Normalise queries and keys. The model is then saved as a Qwen3 instead of a LLaMA."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer, and compute the rest again in the backward pass: less memory, more time."""
+
+    def check(self) -> None:
+        PatchLMConfig.preset(self.preset)  # raises for an unknown name
+
+    def architecture(self, **changes: Any) -> PatchLMConfig:
+        """The preset with these settings and with ``changes``, which come from the data and the schedule."""
+        return PatchLMConfig.preset(
+            self.preset, qk_norm=self.qk_norm, activation_checkpointing=self.activation_checkpointing, **changes
+        )
+
+
+@dataclass
+class ScheduleConfig:
+    """How much text is read, in patches of which sizes, and how much of it in a step."""
+
+    tokens: float | None = None
+    """Raw tokens that the run reads. None: as many as the corpus has, so that train reads it once."""
+    phases: str = "4:2/3,1:1/3"
+    """The phases in order, each as patch size:share."""
+    shares_of: str = "data"
+    """What the shares are of: data (lambda in PatchTrain) or steps (r in TST)."""
+    convention: str = "positions"
+    """What is the same in every step: positions (then all steps cost the same FLOPs) or tokens (raw ones)."""
+    batch_size: int = 16
+    """Rows of a step, over all processes."""
+    context: int = 128
+    """Positions of a row in the token phase."""
+    piece_tokens: int | None = None
+    """The text is cut into pieces of so many raw tokens, and the pieces are shuffled. It must be a multiple of the
+    tokens of a row in every phase. Runs with the same pieces and seed read the same text in the same order of pieces,
+    whatever their phases. None: the smallest possible piece."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "batch_size", "context")
+        if self.tokens is not None and not 0 < self.tokens < math.inf:
+            raise ValueError(f"tokens must be positive and finite, got {self.tokens}")
+
+    @functools.cached_property
+    def parsed_phases(self) -> tuple[Phase, ...]:
+        """The phases, each with its share of the data. ``ValueError`` if ``phases`` or ``shares_of`` make no sense."""
+        return parse_phases(self.phases, self.shares_of, self.convention)
+
+    def schedule(self, corpus_tokens: int = 0) -> Schedule:
+        """The phases laid over ``tokens``, or over ``corpus_tokens`` where the setting is None.
+
+        Raises:
+            ValueError: the phases make no sense, or do not fit so many tokens, rows and positions.
+        """
+        tokens = int(self.tokens or corpus_tokens)
+        return Schedule(
+            self.parsed_phases, tokens, self.batch_size, self.context, self.convention, self.piece_tokens or 0
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate over the steps."""
+
+    lr: float = 1.5e-3
+    """The highest learning rate."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises to it."""
+    decay: float = 0.1
+    """Share of the steps over which it falls to 0 at the end (wsd only)."""
+    lr_shape: str = "wsd"
+    """wsd (warmup, constant, linear decay) or cosine."""
+    lr_scope: str = "run"
+    """run: one such curve over the whole run; phase: a new one in each phase."""
+    optimizer_at_switch: str = "carry"
+    """What happens to AdamW's state where the phase changes: carry (keep it, as TST) or reset (as PatchTrain)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and the second moment."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; the weights of norms have none."""
+    clip: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+
+    def check(self) -> None:
+        if self.optimizer_at_switch not in AT_SWITCH:
+            raise ValueError(f"optimizer_at_switch must be one of {AT_SWITCH}, got {self.optimizer_at_switch!r}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be positive, got {self.clip}")
+        self.learning_rate()  # raises for a rate, a share or a shape that makes no sense
+
+    def learning_rate(self) -> LearningRate:
+        return LearningRate(self.lr, self.warmup, self.decay, self.lr_shape, self.lr_scope)
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved, and whether it goes on from a checkpoint."""
+
+    save_every: int = 200
+    """Steps between checkpoints. The run is also saved where the phase changes and where it stops."""
+    keep: int = 2
+    """How many checkpoints are kept."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the run's folder."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "save_every", "keep")
+
+
+@dataclass
+class LogConfig:
+    """When the run logs its progress and measures the validation loss."""
+
+    log_every: int = 20
+    """Steps between lines of the log."""
+    eval_every: int = 100
+    """Steps between measurements of the validation loss. It is also measured before the first step, where the phase
+    changes, and 1, 2, 4, 8, ... steps after that."""
+    eval_rows: int = 64
+    """Rows of held-out text that are measured, the same in every phase."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "log_every", "eval_every", "eval_rows")
+
+
+@dataclass
+class RunConfig:
+    """Where the run is kept, and how it is computed."""
+
+    out: str = "runs/demo"
+    """The run's folder. It holds config.json, log.jsonl and checkpoints/, and at the end model/ and plot.png."""
+    seed: int = 0
+    """Seed of the initial weights and of the order in which the text is read."""
+    packed_documents: bool = False
+    """Keep documents apart: no patch holds tokens of two documents, and no position sees another document."""
+    attention: str = "auto"
+    """The implementation of attention: auto, sdpa, flash2, flash3 or flash4."""
+    accumulation: int = 1
+    """Parts of a step's rows that are computed one after the other, to save memory."""
+    bf16: bool = False
+    """Compute in bf16 under autocast; parameters stay in fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile, once for each phase."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    parallel: str = "fsdp"
+    """How several processes of torchrun share the model: fsdp (FSDP2 shards parameters and optimizer) or ddp."""
+    minutes: float | None = None
+    """Save and stop after so many minutes, with exit code 75. With --resume the run goes on."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "accumulation")
+        if self.parallel not in PARALLELS:
+            raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes must be positive, got {self.minutes}")
+
+
+@dataclass
+class TrainConfig:
+    """Trains a model in phases. The defaults train the demo model on the source text of Python's standard library."""
+
+    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    schedule: OmitArgPrefixes[ScheduleConfig] = field(default_factory=ScheduleConfig)
+    optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    checkpoint: OmitArgPrefixes[CheckpointConfig] = field(default_factory=CheckpointConfig)
+    log: OmitArgPrefixes[LogConfig] = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for group in (self.run, self.model, self.schedule, self.optimizer, self.checkpoint, self.log):
+            group.check()
+        self.check_batch_size()
+        text = Path(self.data.path).expanduser() if self.data.path else None
+        if text and text.is_dir() and Path(self.run.out).resolve().is_relative_to(text.resolve()):
+            raise ValueError(
+                f"out must not lie within the text that is read, got {self.run.out!r} and {self.data.path!r}"
+            )
+
+    def check_batch_size(self, processes: int = 1) -> None:
+        """``ValueError`` where a step's rows cannot be shared out evenly to all processes and their parts."""
+        rows, parts = self.schedule.batch_size, self.run.accumulation
+        if rows % (processes * parts):
+            divisor = "accumulation" if processes == 1 else f"{processes} processes times accumulation"
+            raise ValueError(f"batch_size must be divisible by {divisor}, got {rows} and {parts}")
+
+    def document_multiple(self) -> int:
+        """Packed documents are padded to a multiple of so many tokens; then each begins with a patch in every phase."""
+        sizes = [phase.patch_size for phase in self.schedule.parsed_phases]
+        return math.lcm(*sizes) if self.run.packed_documents else 1
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint and the run that resumes it must share, by owner.
+
+        Left out are the settings that say where things lie, how they are computed and how often the run logs,
+        evaluates or saves; all of them may change. The text is compared by the corpus's digest instead.
+        """
+        free = {
+            "run": {"out", "device", "compile", "parallel", "minutes"},
+            "data": {"path", "tokenizer", "cache_dir"},
+        }
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {
+            owner: {name: value for name, value in settings.items() if name not in free.get(owner, set())}
+            for owner, settings in values.items()
+            if owner not in ("checkpoint", "log")
+        }
+
+
+def flat_settings(nested: dict[str, Any]) -> dict[str, Any]:
+    """The settings of all owners by their short names, which are unique."""
+    flat: dict[str, Any] = {}
+    for owner, settings in nested.items():
+        flat |= settings if isinstance(settings, dict) else {owner: settings}
+    return flat

@@ -1,0 +1,138 @@
+"""Data parallel training: the processes that torchrun started, and the model under FSDP2 or DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+PARALLELS = ("fsdp", "ddp")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's rank among those that torchrun started, and its device. Without torchrun it is the only one."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that prints and writes the log and the model."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def first_on_its_node(self) -> Iterator[None]:
+        """The first process of every node runs the block before the others do, which then find the files it made."""
+        if self.world_size > 1 and self.local_rank:
+            dist.barrier()
+        yield
+        if self.world_size > 1 and not self.local_rank:
+            dist.barrier()
+
+    def mean(self, *values: Tensor) -> list[float]:
+        """Each scalar averaged over all processes, in fp64, with one exchange and one transfer for all of them."""
+        stacked = torch.stack([value.detach().double().to(self.device) for value in values])
+        if self.world_size > 1:
+            dist.all_reduce(stacked)
+        return [float(value) for value in (stacked / self.world_size).tolist()]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for ``"auto"`` a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no device bears that name, or it is a GPU and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, and torch {torch.__version__} sees no GPU")
+    return device
+
+
+def environment(device: torch.device) -> Processes:
+    """Reads the variables ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``, which torchrun sets.
+
+    Raises:
+        ValueError: more processes on this node than GPUs, or variables that make no sense.
+    """
+    try:
+        rank, local, world = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    except ValueError as error:
+        raise ValueError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers: {error}") from error
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK must be in [0, WORLD_SIZE), got {rank} of {world}; start processes with torchrun")
+    if device.type == "cuda" and world > 1:
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"LOCAL_RANK={local}, but this node has {torch.cuda.device_count()} GPU(s)")
+        device = torch.device("cuda", local)
+    return Processes(device, rank, local, world)
+
+
+@contextlib.contextmanager
+def joined(processes: Processes) -> Iterator[None]:
+    """Within the block there is a process group. One that the caller has made already is used and kept."""
+    if processes.world_size == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = processes.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(processes.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parallelize(model: nn.Module, blocks: nn.ModuleList, parallel: str, processes: Processes) -> nn.Module:
+    """The module to call in place of the model, which on one process is the model itself.
+
+    ``"fsdp"`` shards the model in place; each block is a unit, and what is outside of them belongs to the root.
+    ``"ddp"`` wraps it.
+    """
+    if processes.world_size == 1:
+        return model
+    if parallel == "fsdp":
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+        return model
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+@contextlib.contextmanager
+def synchronized(module: nn.Module, last: bool) -> Iterator[None]:
+    """The backward pass in the block exchanges gradients between processes only if it is that of the last part."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of which this process holds a shard; a tensor that is not sharded is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The full ``state_dict`` on the CPU in the first process. In the others it is empty."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

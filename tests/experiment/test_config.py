@@ -1,0 +1,68 @@
+"""The settings: arms, budgets and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from patchkernels.experiment.config import BUDGETS, NAMES, ExperimentConfig, arms
+from patchkernels.experiment.laboratory import experiment
+from patchkernels.training.config import ScheduleConfig, flat_settings
+
+
+def test_costs_of_the_arms():
+    found = {name: arm.cost for name, arm in arms(ScheduleConfig(phases="4:2/3,1:1/3")).items()}
+    assert tuple(found) == NAMES
+    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}
+    assert found == pytest.approx(expected)
+
+
+def test_what_was_asked_for_replaces_parts_of_the_budget():
+    asked = {"model": "42m", "tokens": 1e6, "batch_size": 4, "context": 64, "lr": 1e-4, "compile": True}
+    changed = ExperimentConfig(**asked, seeds=5, minutes=1.5, decay=0.3).effective_budget
+    untouched = ExperimentConfig(decay=0.3).effective_budget
+    assert (changed.seeds, changed.minutes) == (5, 1.5)
+    budget = BUDGETS["cpu"]
+    assert (untouched.seeds, untouched.minutes) == (budget.seeds, budget.minutes)
+    flat = flat_settings(dataclasses.asdict(changed.base))
+    assert {name: flat.get(name, flat["preset"]) for name in asked} == asked
+    rest = flat_settings(dataclasses.asdict(untouched.base))
+    assert {name for name in flat if flat[name] != rest[name]} == {*asked, "preset"} - {"model"}
+    expected = flat_settings(dataclasses.asdict(budget.base)) | {"out": "runs/experiment", "decay": 0.3}
+    assert rest == expected
+
+
+def test_bad_input(config, tmp_path):
+    for bad, words in (
+        ({"budget": "tpu"}, r"budget must be one of \('cpu', 'gpu'\), got 'tpu'"),
+        ({"arms": ("A", "B", "D")}, "arms must be A, B, C and others of"),
+        ({"arms": ("A", "B")}, "arms must be A, B, C"),
+        ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
+        ({"phases": "4:2"}, "must add up to 1"),
+        ({"phases": "1:1"}, "B needs a phase of patches"),
+        ({"context": 7}, "at least two patches of 4, got 7"),
+        ({"context": 12, "arms": ("A", "B", "C", "multi")}, "at least two patches of 8, got 12"),
+        ({"seeds": 0}, "seeds must be positive and finite, got 0"),
+        ({"minutes": -1.0}, "minutes must be positive"),
+        ({"tokens": 0.0}, "tokens must be positive"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"model": "9b"}, "'9b'"),
+        ({"accumulation": 3}, "batch_size must be divisible by accumulation, got 2 and 3"),
+        ({"warmup": 0.5}, "B cannot warm up over 0.5 of A's steps, 1 of its own"),
+        ({"warmup": math.nan}, "cannot warm up over nan"),
+        ({"decay": 2.0}, "decay over the last 2"),
+        ({"out": config.data.path + "/x"}, "must not lie within the text"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(config, **bad)
+    for bad, words in (
+        ({"tokens": 1e9}, r"none is read twice: got 1,000,000,000 of \d"),
+        ({"tokens": 700.0}, "700 tokens are fewer than the 768"),
+        ({"device": "gpu"}, "'gpu'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            experiment(dataclasses.replace(config, **{"out": str(tmp_path / "x"), **bad}))
+    assert not (tmp_path / "x").exists()

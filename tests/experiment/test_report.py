@@ -1,0 +1,80 @@
+"""The report and its figures, also of unusual results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from experiments import chosen_rate, laboratory_of
+
+from patchkernels.experiment.comparison import compared_runs, rho
+from patchkernels.experiment.config import ExperimentConfig
+from patchkernels.experiment.report import write_report
+
+
+def test_report_and_figures(finished):
+    report = (finished / "report.md").read_text()
+    results = [json.loads(file.read_text()) for file in finished.glob("runs/*/result.json")]
+    groups = compared_runs(results, chosen_rate(finished))
+    for arm in ("B", "B-reset", "multi"):
+        values = []
+        for seed in (0, 1):
+            a, b, c = (groups[name][seed]["validation_loss"] for name in ("A", arm, "C"))
+            values.append((c - b) / (c - a))
+        assert rho(groups, arm) == dict(enumerate(values))
+        mean = sum(values) / 2
+        assert (
+            f"ρ of {arm} = (L_C - L_{arm}) / (L_C - L_A) = {mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+            in report
+        )
+    with pytest.raises(ValueError, match="equal compute: TST"):
+        rho(groups, "TST")
+    assert "ρ of TST" not in report
+    for words in (
+        "warmup over 2 steps (5% of A's) in every arm", "best of its own rates", "digest", "Recovery of B", "held out",
+        "2 rows of 16 positions in every phase", "| A | 0.0015 ", "AdamW",
+    ):  # fmt: skip
+        assert words in report
+    for name in ("loss.png", "slots.png"):
+        assert f"]({name})" in report
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob("runs/*/checkpoints"))
+
+
+def result_of(arm: str, seed: int, loss: float) -> dict[str, Any]:
+    point = {"step": 0, "patch_size": 1, "flops": 0, "raw_tokens": 0, "seconds": 0.0, "validation_loss": 9.0}
+    flops = 2 if arm == "A" else 1
+    last = {"flops": flops, "raw_tokens": 10, "seconds": 1.0, "validation_loss": loss, "validation_bits_per_byte": 1.0}
+    return {"arm": arm, "seed": seed, "lr": 1e-3, "steps": 2, "compile_seconds": 0.0, "raw_tokens_per_second": 1.0,
+            **last, "curve": [point, {**point, **last, "step": 2}]}  # fmt: skip
+
+
+def report_of(config: ExperimentConfig, results: list[dict[str, Any]]) -> str:
+    laboratory = laboratory_of(config)
+    write_report(laboratory.out, laboratory.record, results, 1e-3, finished=True)
+    return (laboratory.out / "report.md").read_text()
+
+
+def test_rho_is_undefined_where_more_compute_brought_nothing(config):
+    losses = {("A", 0): 5.2, ("B", 0): 5.4, ("C", 0): 5.0, ("A", 1): 5.0, ("B", 1): 5.1, ("C", 1): 5.2}
+    results = [result_of(arm, seed, loss) for (arm, seed), loss in losses.items()]
+    report = report_of(config, results)
+    assert "= 0.500**; by seed: undefined, 0.500." in report and "ρ is undefined where A" in report
+    assert "= undefined**; by seed: undefined." in report_of(config, results[:3])
+
+
+def test_arms_that_diverged_in_different_seeds(config):
+    lost = [{"arm": arm, "seed": seed, "lr": 1e-3, "diverged": "step 3"} for arm, seed in (("A", 0), ("B", 1))]
+    made = [result_of(arm, seed, 5.0) for arm, seed in (("A", 1), ("B", 0), ("C", 0), ("C", 1))]
+    report = report_of(config, [*made, *lost])
+    assert "= undefined**; by seed: none." in report
+    assert "left out above: A of seed 0, B of seed 1" in report
+
+
+def test_best_rates_at_the_edge_are_reported(config):
+    results = []
+    for arm, losses in (("A", (5.1, 5.0, 5.2)), ("B", (5.5, 5.3, 5.4)), ("C", (5.4, 5.3, 5.2))):
+        results += [result_of(arm, 0, loss) | {"lr": lr} for lr, loss in zip((5e-4, 1e-3, 2e-3), losses)]
+    report = report_of(config, results)
+    assert "and ρ = -0.500. The best of C is the lowest or highest that was tried." in report

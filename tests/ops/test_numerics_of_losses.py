@@ -1,0 +1,155 @@
+"""The numerics that every form of the K-token loss promises, one test for each promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_forms import BACKENDS, FORMS, loss_forms, normal, targets
+from oracle import DEVICE, compare
+
+from patchkernels import linear_patch_cross_entropy, patch_cross_entropy, reference
+from patchkernels.ops.targets import REDUCTIONS
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_and_loss_are_fp32(backend):
+    """bf16 logits of 30000 equal classes: a bf16 sum of exp would stall at 256."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = torch.zeros(1, 30000, dtype=dtype, device=DEVICE)
+        loss = patch_cross_entropy(logits, torch.tensor([[0, 1]], device=DEVICE), backend=backend)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.item(), torch.tensor(30000.0).log().item(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_gradient_at_a_certain_target_is_formed_before_rounding(backend, repeated):
+    """p -> 1: in bf16 p rounds to 1, and p - 1 formed after rounding would be 0 instead of -6e-4 and the like."""
+    logits = torch.zeros(1, 200, dtype=torch.bfloat16, device=DEVICE)
+    logits[0, 7] = 12.5
+    target = torch.full((1, 3 if repeated else 1), 7, device=DEVICE)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(patch_cross_entropy(logits, target, backend=backend), logits)
+    exact = torch.softmax(logits.detach().double(), -1)[0, 7] - 1
+    assert -1e-3 < exact < -1e-4
+    torch.testing.assert_close(gradient[0, 7].double(), exact, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_callers_tensors_are_never_overwritten_and_a_second_backward_is_the_first(form, backend):
+    ours, _, inputs = loss_forms(backend)[form]
+    leaves = [t.requires_grad_() for t in inputs(5, 30, torch.float32)]
+    target, weight = targets(5, 2, 30), torch.rand(5, 2, device=DEVICE)
+    before = [t.detach().clone() for t in (*leaves, target, weight)]
+    loss = ours(*leaves, target=target, target_weight=weight)
+    upstream = torch.tensor(3.0, device=DEVICE)
+    first, second = (torch.autograd.grad(loss, leaves, upstream, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert upstream == 3
+    assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, target, weight), strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_value_is_read_back_on_the_way(form, monkeypatch):
+    """`.item()` and its kin, called from our code with the Triton backend, would synchronise a GPU."""
+    import sys
+
+    ours, _, inputs = loss_forms("triton")[form]
+    leaves = [t.requires_grad_() for t in inputs(5, 30, torch.float32)]
+    target = targets(5, 2, 30)
+    caught = []
+    for name in (
+        "item",
+        "tolist",
+        "nonzero",
+        "cpu",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    ):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            caller = sys._getframe(1).f_code.co_filename
+            if "patchkernels" in caller or "/kernels/" in caller:
+                caught.append((name, caller))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    for reduction in REDUCTIONS:
+        loss = ours(*leaves, target=target, reduction=reduction)
+        torch.autograd.grad(loss.sum(), leaves)
+    assert caught == []
+
+
+def test_offsets_past_32_bits(tmp_path):
+    """Row 5 of stride 2^29 begins past element 2^31; the file is sparse, and only the rows' few pages are touched."""
+    vocab, stride, rows = 40, 2**29, 6
+    if DEVICE == "cpu":
+        storage = torch.from_file(
+            str(tmp_path / "sparse"), shared=True, size=stride * (rows - 1) + vocab, dtype=torch.bfloat16
+        )
+    else:
+        storage = torch.empty(stride * (rows - 1) + vocab, dtype=torch.bfloat16, device=DEVICE)
+    logits = storage.as_strided((rows, vocab), (stride, 1))
+    logits.copy_(normal(rows, vocab))
+    target = torch.randint(0, vocab, (rows, 2), device=DEVICE)
+    loss = patch_cross_entropy(logits, target, reduction="none", backend="triton")
+    expected = reference.patch_cross_entropy(logits.clone().double(), target, reduction="none")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [-1, 30, 2**40])
+def test_target_out_of_range_raises_on_cpu(form, bad):
+    ours, _, inputs = loss_forms("eager")[form]
+    target = torch.tensor([[1, bad], [-100, 2]])
+    with pytest.raises(IndexError, match=rf"\[0, 30\).*got {bad}"):
+        ours(*(t.cpu() for t in inputs(2, 30, torch.float32)), target=target)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [-1, 30, 2**40])
+def test_target_out_of_range_gives_nan_in_the_kernel(form, bad):
+    ours, _, inputs = loss_forms("triton")[form]
+    target = torch.tensor([[1, bad], [-100, 2]], device=DEVICE)
+    loss = ours(*inputs(2, 30, torch.float32), target=target, reduction="none")
+    assert loss.isnan().tolist() == [[False, True], [False, False]]
+    assert ours(*inputs(2, 30, torch.float32), target=target).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_infinity_masks_a_class(backend):
+    logits, target = normal(3, 300), torch.tensor([[1, 2]] * 3, device=DEVICE)
+    logits[:, 100:] = -torch.inf
+    logits[:, 0] = -torch.inf
+    compare(
+        lambda z: patch_cross_entropy(z, target, backend=backend),
+        lambda z: reference.patch_cross_entropy(z, target),
+        logits,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend):
+    target = targets(10, 6, 30)[::2, 1::2]
+    storage = normal(33, 17)
+    for view in (storage[1:31, 2:7].T, storage[5:10, 1:], storage[:5].expand(5, 17)):
+        layout = (view.shape, view.stride(), view.storage_offset())
+        t = torch.where(target < view.shape[1], target, -100)
+        compare(
+            lambda s, at=layout, t=t: patch_cross_entropy(s.as_strided(*at), t, backend=backend),
+            lambda s, at=layout, t=t: reference.patch_cross_entropy(s.as_strided(*at), t),
+            storage,
+        )
+    compare(
+        lambda x, w: linear_patch_cross_entropy(x.T, w.T[::2], target[:5], backend=backend),
+        lambda x, w: reference.linear_patch_cross_entropy(x.T, w.T[::2], target[:5]),
+        normal(8, 5),
+        normal(8, 60),
+    )

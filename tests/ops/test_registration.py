@@ -1,0 +1,212 @@
+"""What registered operators owe PyTorch: opcheck, compile, autocast, checkpointing, FLOP counts, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import DEVICE, relative_error
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import patchkernels  # noqa: F401  (registers the operators)
+from patchkernels import linear_patch_cross_entropy, next_patch_targets, patch_cross_entropy, patch_embedding
+from patchkernels.ops.linear_buffers import chunk_rows
+from patchkernels.ops.linear_patch_cross_entropy import MEMORIES, _Call
+from patchkernels.ops.linear_vocab_slices import slice_columns
+
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+ops = torch.ops.patchkernels
+K = 4
+
+
+@pytest.fixture
+def tensors():
+    ids = torch.randint(0, 30, (2, 16), device=DEVICE)
+    embedding = torch.randn(30, 8, device=DEVICE).requires_grad_()
+    head = torch.randn(30, 8, device=DEVICE).requires_grad_()
+    return ids, embedding, head
+
+
+def training_loss(ids, embedding, head, patch_size=K, reduction="mean"):
+    hidden = patch_embedding(ids, embedding, patch_size)
+    target = next_patch_targets(ids, patch_size)
+    fused = linear_patch_cross_entropy(hidden, head, target, reduction=reduction)
+    low = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory="low")
+    given = patch_cross_entropy(hidden @ head.T, target, reduction=reduction)
+    return (fused + 2 * low + 3 * given).sum()
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, dtype):
+    ids = torch.randint(0, 30, (3, K), device=DEVICE)
+    weight, x = torch.randn(30, 8, device=DEVICE, dtype=dtype), torch.randn(3, 8, device=DEVICE, dtype=dtype)
+    logits, c = x @ weight.T, torch.rand(3, K, device=DEVICE)
+    lse = logits.float().logsumexp(-1)
+    options = (-100, 0.1, 2.0, 0.01)
+    cases = [
+        (ops.patch_embedding, (ids, weight, None, backend)),
+        (ops.patch_embedding, (ids.T[:K, :3].T, weight.T.contiguous().T, 3, backend)),
+        (ops.patch_embedding_backward, (x, ids, 30, 3, backend)),
+        (ops.patch_cross_entropy, (logits, ids, backend, *options)),
+        (ops.patch_cross_entropy_backward, (c, logits, ids, lse, backend, *options)),
+        (ops.patch_cross_entropy_backward, (c, logits.T.contiguous().T, ids, lse, backend, *options)),
+        (ops.linear_patch_cross_entropy, (x, weight, None, ids, None, [False] * 3, 200, backend, *options)),
+        (
+            ops.linear_patch_cross_entropy,
+            (x, weight, weight[:, 0], ids, c, [True] * 3, 200, backend, *options),
+        ),
+        (
+            ops.linear_patch_cross_entropy,
+            (x, weight, None, ids, c, [True, False, False], 200, backend, *options),
+        ),
+        (ops.linear_low_memory, (x, weight, None, ids, 200, backend, *options)),
+        (ops.linear_low_memory, (x, weight, weight[:, 0], ids, 10**6, backend, *options)),
+        (ops.linear_low_memory_backward, (c, x, weight, weight[:, 0], ids, lse, [True] * 3, 200, backend, *options)),
+        (ops.linear_low_memory_backward, (c, x, weight, None, ids, lse, [False, True, False], 200, backend, *options)),
+    ]
+    for op, arguments in cases:
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "slot_mean", "none"])
+def test_compiles_to_one_graph(tensors, reduction):
+    ids, *leaves = tensors
+    expected = training_loss(ids, *leaves, reduction=reduction)
+    compiled = torch.compile(training_loss, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, *leaves, reduction=reduction)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, *leaves, reduction=reduction), expected.detach())
+
+
+def test_compiles_with_inductor(tensors):
+    ids, *leaves = tensors
+    loss = torch.compile(training_loss, fullgraph=True)(ids, *leaves)
+    expected = training_loss(ids, *leaves)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_as_linear_and_gradients_in_the_parameters_dtype(tensors, reduction, memory):
+    ids, embedding, head = tensors
+    hidden = patch_embedding(ids, embedding, K)
+    target = next_patch_targets(ids, K)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        ours = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory=memory)
+        theirs = F.cross_entropy(
+            F.linear(hidden, head).float().repeat_interleave(K, 1).flatten(0, 1),
+            target.flatten(),
+            reduction=reduction,
+        )
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.flatten(), theirs.flatten(), rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(ours.sum(), (embedding, head), retain_graph=True)
+    theirs = torch.autograd.grad(theirs.sum(), (embedding, head))
+    for a, b in zip(ours, theirs):
+        assert a.dtype == torch.float32
+        assert relative_error(a, b) < 0.02
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_backward_under_autocast_keeps_its_products(tensors, memory):
+    ids, embedding, head = tensors
+    hidden, target = patch_embedding(ids, embedding, K), next_patch_targets(ids, K)
+    loss = linear_patch_cross_entropy(hidden, head, target, reduction="none", memory=memory).sum()
+    expected = torch.autograd.grad(loss, (embedding, head), retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(loss, (embedding, head)), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(tensors, use_reentrant):
+    ids, *leaves = tensors
+    loss = checkpoint(training_loss, ids, *leaves, use_reentrant=use_reentrant)
+    loss.backward()
+    expected = torch.autograd.grad(training_loss(ids, *leaves), leaves)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+def test_no_grad_and_frozen_parameters_form_no_gradients(tensors, monkeypatch):
+    ids, embedding, head = tensors
+    hidden, target = patch_embedding(ids, embedding, K).detach(), next_patch_targets(ids, K)
+    asked = []
+    original = _Call.losses_and_gradients
+
+    def spy(self, *tensors):
+        asked.append((tensors[4] is not None, self.needs))
+        return original(self, *tensors)
+
+    monkeypatch.setattr(_Call, "losses_and_gradients", spy)
+    with torch.no_grad():
+        linear_patch_cross_entropy(hidden, head, target)
+    linear_patch_cross_entropy(hidden, head.detach(), target)
+    linear_patch_cross_entropy(hidden, head, target)
+    assert asked == [(False, [False] * 3), (False, [False] * 3), (True, [False, True, False])]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_raises(tensors, reduction):
+    ids, *leaves = tensors
+    loss = training_loss(ids, *leaves, reduction=reduction)
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.sum() for g in gradients).backward()
+
+
+def test_flops_are_three_products_and_do_not_depend_on_patch_size():
+    n, d, v = 12, 8, 30
+    x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    for slots in (1, 4):
+        target = torch.randint(0, v, (n, slots))
+        for reduction, memory, products in (
+            ("mean", "default", 3),
+            ("sum", "default", 3),
+            ("none", "default", 4),
+            ("mean", "low", 4),
+            ("none", "low", 4),
+        ):
+            options = {"reduction": reduction, "memory": memory, "logits_bytes": 300}
+            with FlopCounterMode(display=False) as counter:
+                linear_patch_cross_entropy(x, w, target, **options).sum().backward()
+            assert counter.get_total_flops() == products * 2 * n * v * d
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                linear_patch_cross_entropy(x, w, target, **options)
+            assert counter.get_total_flops() == 2 * n * v * d
+
+
+def test_on_the_meta_device_and_with_int32_ids():
+    ids = torch.zeros(2, 16, dtype=torch.int32, device="meta")
+    leaves = [torch.randn(30, 8, device="meta", requires_grad=True) for _ in range(2)]
+    loss = training_loss(ids, *leaves)
+    assert loss.shape == ()
+    assert [g.shape for g in torch.autograd.grad(loss, leaves)] == [(30, 8), (30, 8)]
+    ids = torch.randint(0, 30, (2, 16))
+    leaves = [torch.randn(30, 8) for _ in range(2)]
+    assert torch.equal(training_loss(ids.int(), *leaves), training_loss(ids, *leaves))
+
+
+def test_chunks_stay_within_the_byte_budget():
+    for rows in (1, 7, 128, 4099, 100000):
+        for row_bytes in (2, 100514, 256512):
+            for budget in (1, 2**20, 2**28):
+                chunk = chunk_rows(rows, row_bytes, budget)
+                assert chunk == 1 or chunk * row_bytes <= budget
+                assert chunk <= max(rows, 1)
+                fewest = -(-rows // max(1, budget // row_bytes))
+                assert -(-rows // chunk) == fewest, "no more chunks than the budget asks for"
+
+
+def test_slices_stay_within_the_byte_budget_where_16_classes_do():
+    for vocab in (1, 30, 50257, 151936):
+        for column_bytes in (0, 2, 8198, 65536):
+            for budget in (1, 2**20, 2**28):
+                columns = slice_columns(vocab, column_bytes, budget)
+                assert columns == min(16, vocab) or columns * column_bytes <= budget
+                assert columns == vocab or columns % 16 == 0
+                assert 1 <= columns <= vocab

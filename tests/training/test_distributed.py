@@ -1,0 +1,133 @@
+"""A training run on two processes gives what it gives on one, also where it is resumed on another number of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import small_runs
+import torch
+import torch.distributed as dist
+from distributed import run
+from small_runs import TIMES, changed, final_weights, small_run
+
+from patchkernels.data.batches import Batches
+from patchkernels.model.config import PRESETS
+from patchkernels.training.checkpoint import checkpoints
+from patchkernels.training.config import TrainConfig
+from patchkernels.training.log import read_log
+from patchkernels.training.stop import Stopped
+from patchkernels.training.train import train
+
+TINY = dataclasses.replace(small_runs.TINY, num_hidden_layers=2)
+SMALL = {"tiny": TINY, "untied": dataclasses.replace(TINY, tie_word_embeddings=False)}
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    for name, preset in SMALL.items():
+        monkeypatch.setitem(PRESETS, name, preset)
+
+
+@pytest.fixture
+def config(text, tmp_path) -> TrainConfig:
+    return changed(small_run(text, tmp_path / "run"), batch_size=4, tokens=3072, eval_rows=3)
+
+
+def train_and_stop(config, step):
+    """A crash of all processes as the given step begins."""
+    PRESETS.update(SMALL)
+    read = Batches.batch
+
+    def batch(self, at):
+        if at == step:
+            raise KeyboardInterrupt
+        return read(self, at)
+
+    Batches.batch = batch
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        return [path.name for path in checkpoints(Path(config.run.out) / "checkpoints")]
+    finally:
+        Batches.batch = read
+    return []
+
+
+def train_in_processes(config, resumed=False):
+    PRESETS.update(SMALL)
+    train(changed(config, resume=resumed))
+
+
+def assert_same(run_a, run_b):
+    """Logs and weights are the same up to rounding."""
+    a, b = read_log(run_a / "log.jsonl"), read_log(run_b / "log.jsonl")
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for name in x.keys() - set(TIMES):
+            torch.testing.assert_close(x[name], y[name], rtol=1e-4, atol=0)
+    left, right = final_weights(run_a), final_weights(run_b)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "fsdp", "accumulation": 2},
+        {"parallel": "ddp", "accumulation": 2, "optimizer_at_switch": "reset"},
+        {"parallel": "fsdp", "preset": "untied", "packed_documents": True, "accumulation": 2},
+    ],
+    ids=["fsdp", "ddp", "packed"],
+)
+def test_the_run_of_two_processes(config, settings, tmp_path):
+    config = changed(config, **settings)
+    one = train(changed(config, out=str(tmp_path / "one")))
+    run(train_in_processes, 2, changed(config, out=str(tmp_path / "two")))
+    assert_same(tmp_path / "two", one)
+
+
+def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):
+    whole_run = train(changed(config, out=str(tmp_path / "whole")))
+    for first, second in ((2, 1), (1, 2), (2, 2)):
+        out = tmp_path / f"{first}-{second}"
+        ours = changed(config, out=str(out))
+        (saved, *_) = run(train_and_stop, first, ours, 7)
+        assert saved[-1] == "step-00000006"
+        leftover = out / "checkpoints" / ".step-00000009"  # of a kill
+        leftover.mkdir()
+        run(train_in_processes, second, ours, True)
+        assert not leftover.exists()
+        assert_same(out, whole_run)
+    damaged = checkpoints(out / "checkpoints")[-1] / "distributed" / ".metadata"
+    os.truncate(damaged, 10)
+    with pytest.raises(ValueError, match="is damaged or of another model"):
+        train(changed(ours, resume=True))
+
+
+def train_and_signal(config):
+    """SIGTERM to one of the processes as its sixth step begins."""
+    PRESETS.update(SMALL)
+    read = Batches.batch
+
+    def batch(self, at):
+        if at == 5 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, at)
+
+    Batches.batch = batch
+    try:
+        train(config)
+    except Stopped as stopped:
+        return stopped.code
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(config, tmp_path):
+    codes = run(train_and_signal, 2, changed(config, out=str(tmp_path)))
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000006"

@@ -1,0 +1,174 @@
+"""The training run: what it leaves behind, its options, how it ends when it diverges, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import TINY, changed, untimed_log
+
+from patchkernels.model.cost import count_flops
+from patchkernels.training.checkpoint import checkpoints
+from patchkernels.training.log import read_log
+from patchkernels.training.run import NonFiniteError, Run
+from patchkernels.training.train import train
+
+
+def test_a_run_leaves_model_log_and_plot(config):
+    run = train(config)
+    start, *lines = read_log(run / "log.jsonl")
+    assert (start["step"], start["raw_tokens"], start["flops"]) == (0, 0, 0)
+    assert [line["patch_size"] for line in lines] == [4] * 8 + [1] * 16
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[7]["raw_tokens"] == 1024
+    assert lines[-1]["raw_tokens"] == 1536
+    flops = [count_flops(dataclasses.replace(TINY, vocab_size=300), 2, 16, k) for k in (4, 1)]
+    assert lines[-1]["flops"] == 8 * flops[0] + 16 * flops[1]
+    evaluated = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in evaluated] == [5, 8, 9, 10, 12, 15, 16, 20, 24], "1, 2, 4, 8 after the switch too"
+    assert all(len(e.get("validation_slot_losses", [])) == (4 if e["patch_size"] == 4 else 0) for e in evaluated)
+    assert abs(lines[0]["loss"] - math.log(300)) < 0.3
+    assert evaluated[-1]["validation_loss"] < evaluated[0]["validation_loss"]
+    assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert len(checkpoints(run / "checkpoints")) == config.checkpoint.keep
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["schedule"]["phases"] == config.schedule.phases and settings["model"]["preset"] == "tiny"
+
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("abc def", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "abc def"
+    assert model(ids).logits.shape == (1, ids.shape[1], 300)
+
+
+def test_compiling_is_not_training_time(config, monkeypatch):
+    loss, slow = Run.loss, set()
+
+    def first_is_slow(self, ids, labels, documents, patch_size, *args, **kwargs):
+        if torch.is_grad_enabled() and patch_size not in slow:
+            slow.add(patch_size)
+            time.sleep(1.0)
+        return loss(self, ids, labels, documents, patch_size, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "loss", first_is_slow)
+    last = read_log(train(config) / "log.jsonl")[-1]
+    assert slow == {1, 4}
+    assert last["compile_seconds"] >= 2.0
+
+
+def test_divergence_stops_the_run_and_the_last_checkpoint_stays(config, monkeypatch):
+    loss = Run.loss
+
+    def diverging(self, *args, **kwargs):
+        return loss(self, *args, **kwargs) * (float("nan") if self.step == 7 else 1)
+
+    monkeypatch.setattr(Run, "loss", diverging)
+    with pytest.raises(NonFiniteError, match=r"step 8: loss nan"):
+        train(config)
+    newest = checkpoints(Path(config.run.out) / "checkpoints")[-1]
+    assert newest.name == "step-00000006"
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"phases": "2:1/4,4:1/4,1:1/2"},
+        {"phases": "1:1/2,4:1/2"},
+        {"convention": "tokens", "batch_size": 4},
+        {"piece_tokens": 128, "phases": "8:1/2,1:1/2"},
+        {"shares_of": "steps"},
+        {"packed_documents": True},
+        {"lr_shape": "cosine", "lr_scope": "phase"},
+        {"bf16": True, "activation_checkpointing": True, "qk_norm": True},
+    ],
+)
+def test_options_train(config, changes):
+    run = train(changed(config, **changes))
+    lines = read_log(run / "log.jsonl")
+    assert lines[-1]["validation_loss"] < math.log(300)
+
+
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
+    once = train(changed(config, batch_size=4))
+    parts = train(changed(config, batch_size=4, accumulation=2, out=str(tmp_path / "parts")))
+    for a, b in zip(untimed_log(once)[1:], untimed_log(parts)[1:]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend="aot_eager", **o))
+    a = train(config)
+    b = train(changed(config, compile=True, out=str(tmp_path / "compiled")))
+    assert [x["loss"] for x in untimed_log(a)[1:]] == pytest.approx([x["loss"] for x in untimed_log(b)[1:]], rel=1e-4)
+
+
+def test_a_folder_that_holds_a_run_or_none(config, tmp_path):
+    run = train(config)
+    before = [(run / name).read_bytes() for name in ("log.jsonl", "config.json")]
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(config)
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.0015 there, 0.1 here\)"):
+        train(changed(config, lr=0.1, resume=True))
+    assert [(run / name).read_bytes() for name in ("log.jsonl", "config.json")] == before
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        train(changed(config, out=str(tmp_path / "other"), resume=True))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(changed(config, out=str(tmp_path / "file" / "run")))
+
+
+def test_what_cannot_run_here_raises_before_any_work(config, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'9b'"):
+        train(changed(config, preset="9b"))
+    with pytest.raises(ValueError, match="the shares must add up to 1"):
+        train(changed(config, phases="4:2"))
+    with pytest.raises(RuntimeError, match=r"flash2.*cannot run"):
+        train(changed(config, attention="flash2"))
+    with pytest.raises(ValueError, match="'gpu'"):
+        train(changed(config, device="gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        train(changed(config, device="cuda"))
+    for variables, message in (
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK must be in \[0, WORLD_SIZE\), got 2 of 2"),
+        ({"RANK": "x"}, "must be numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "divisible by 4 processes"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(ValueError, match=message):
+                train(config)
+    assert not Path(config.run.out).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 0},
+        {"accumulation": 4},
+        {"parallel": "tp"},
+        {"optimizer_at_switch": "keep"},
+        {"clip": 0.0},
+        {"minutes": 0.0},
+        {"tokens": math.nan},
+        {"tokens": math.inf},
+    ],
+)
+def test_bad_settings(config, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        changed(config, **changes)
+
+
+def test_the_run_may_not_lie_within_its_text(config):
+    with pytest.raises(ValueError, match="out"):
+        changed(config, out=config.data.path + "/run")
