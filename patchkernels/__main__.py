@@ -1,4 +1,4 @@
-"""``python -m patchkernels`` is ``patchkernels``."""
+"""Makes ``python -m patchkernels`` and ``torchrun -m patchkernels`` the same as the command ``patchkernels``."""
 
 from patchkernels.cli import main
 

@@ -36,7 +36,7 @@ def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
 
 
 def initial_losses(run: Run) -> dict[str, Any]:
-    """For every patch size of the run the mean loss, computed as in training, and the loss of each slot."""
+    """For every patch size of the run the loss of held-out rows, reduced as in training, and the loss of each slot."""
     sizes = sorted({phase.patch_size for phase in run.schedule.phases})
     measurable = [size for size in sizes if has_targets(run, size)]
     with torch.no_grad():

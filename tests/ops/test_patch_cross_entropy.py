@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_forms import BACKENDS, FORMS, OPTIONS, check, loss_forms, normal, targets
-from oracle import DEVICE, BACKEND_DTYPES, compare, outputs_and_gradients
+from oracle import BACKEND_DTYPES, DEVICE, compare, outputs_and_gradients
 
 from patchkernels import linear_patch_cross_entropy, patch_cross_entropy
 from patchkernels.ops.targets import REDUCTIONS

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICE, BACKEND_DTYPES, compare
+from oracle import BACKEND_DTYPES, DEVICE, compare
 
 from patchkernels import patch_embedding, reference
 
