@@ -1,6 +1,6 @@
 """Triton kernels of patchkernels, installed as ``patchkernels.kernels``.
 
-``kernels`` is another distribution's name on the package index, so a checkout's folder must never answer to it.
+The name ``kernels`` belongs to another distribution, so importing this folder under that name is an error.
 """
 
 if __name__ != "patchkernels.kernels":

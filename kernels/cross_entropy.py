@@ -3,7 +3,8 @@
     pass 1   lse = log sum exp z, online in fp32;   l_k = lse - z[t_k]
     pass 2   dz  = (sum_k c_k) softmax(z),          then the K targets' entries, in fp32 before the one rounding
 
-A launch takes one of the passes or both. The gradient may be written over the logits where these are our own buffer.
+A launch takes one of the passes or both. The gradient may be written over the logits, where these are a buffer of the
+library.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def logits_gradient(
 
 
 def loss_and_gradient_(
-    logits: Tensor,  # (N, V), a buffer of ours; rows may be padded (stride > V)
+    logits: Tensor,  # (N, V), a buffer of the library; rows may be padded (stride > V)
     target: Tensor,  # (N, K)
     c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
     losses: Tensor,  # (N, K), fp32
@@ -73,7 +74,7 @@ def slice_statistics_(
     picked: Tensor,  # (N, K), fp32, the logits of the targets
     options: LossOptions,
     *,
-    keep_logits: bool,  # the kernel never writes them
+    keep_logits: bool,  # makes no difference here: the kernel never writes the logits
 ) -> None:
     """Continues the statistics of the rows over some more of their classes."""
     rows, columns = logits.shape
@@ -107,7 +108,7 @@ def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
 
 
 def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
-    """What a logit takes while its slice is worked on: the kernels need no copy of it."""
+    """Bytes needed for a logit of a slice. The kernels work in place, so only the logit itself."""
     return dtype.itemsize
 
 
@@ -140,7 +141,7 @@ def _launch(
     c = None if c is None else c.contiguous()
     patch_cross_entropy_kernel[(rows,)](
         logits, target,
-        c if c is not None else lse,  # a pointer that is not used still needs a tensor
+        c if c is not None else lse,  # Triton needs a tensor for every pointer; where the kernel uses none, any will do
         losses if losses is not None else lse,
         lse,
         dlogits if dlogits is not None else logits,
@@ -182,8 +183,11 @@ def _load_targets(
     SLOTS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The targets of a row, which of them are valid, their columns, which are among these columns, their logits, and
-    the slope of the soft cap there."""
+    """Loads the targets of a row.
+
+    Returns for each its class, whether it is valid, its column, whether that is one of these V, its logit, and the
+    slope of the soft cap at that logit.
+    """
     target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
     valid = target != ignore_index
     column = target - first
@@ -269,10 +273,10 @@ def _store_softmax_gradient(
 
 @triton.jit
 def _store_target_gradient(dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing):
-    """Stores the gradient of the targets' logits once more, whole and in fp32.
+    """Overwrites the gradient in the targets' columns with the complete value, formed in fp32 and rounded once.
 
-    ``p - c`` is formed before it is rounded, and repeated targets add up: each of them stores the same sum. The barrier
-    puts these stores behind those of the other threads.
+    Repeated targets add up, and each of them stores the same sum. The barrier puts these stores behind those of the
+    other threads.
     """
     same = (target[:, None] == target[None, :]) & inside[None, :]
     at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
@@ -293,7 +297,7 @@ def patch_cross_entropy_kernel(
     dlogits_stride,
     first,  # the class of the first column
     V,  # columns
-    vocab,  # classes in all: more than V where the columns are a slice, which NEEDS_LSE excludes
+    vocab,  # classes in all; more than V for a slice, and NEEDS_LSE must then be False
     readable,  # columns that a load may touch: V, or more where rows are padded
     ignore_index,
     label_smoothing,

@@ -4,11 +4,11 @@
 
 Forward: one program for each patch and block of columns reads K rows of the table, sums them in fp32 and rounds once.
 
-Backward: a stable sort of the token ids gives each id a segment of the sorted order. A frequent id may own 5 % of a
-batch, so its segment is summed in two steps: first every aligned block of BLOCK_T tokens that lies inside one segment;
-then one program for each id adds the tokens before its first whole block, the sums of its blocks, and the tokens after
-its last. Everything is summed in fp32 in a fixed order, so the result is deterministic, without atomics, and nothing
-waits for the GPU.
+Backward: a stable sort of the token ids gives each id a segment of the sorted order. A frequent id may make up 5 % of
+a batch, so its segment is summed in two steps. First every aligned block of BLOCK_T tokens that lies inside one segment
+is summed. Then one program for each id adds the tokens before its first whole block, the sums of its blocks, and the
+tokens after its last. Everything is summed in fp32 in a fixed order, so the result is deterministic, without atomics,
+and nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _sum_tokens(
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums the scaled gradients of the patches that the tokens at sorted positions [begin, end) stand in, in order."""
+    """Sums, in sorted order, the scaled gradients of the patches to which the tokens at [begin, end) belong."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(begin, end, TILE_T):
         positions = start + tl.arange(0, TILE_T)

@@ -1,4 +1,4 @@
-"""patchkernels: patch-level training of language models, at half the bill (arXiv 2407.12665, arXiv 2605.06546)."""
+"""patchkernels: patch-level training of language models (arXiv 2407.12665, arXiv 2605.06546)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -20,7 +20,7 @@ class PatchEmbedding(nn.Embedding):
         num_embeddings: V.
         embedding_dim: D.
         patch_size: K, at least 1.
-        padding_idx: left out of the mean, no gradient.
+        padding_idx: tokens with this id are left out of the mean and get no gradient.
         device, dtype: of the weight.
     """
 

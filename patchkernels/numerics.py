@@ -1,4 +1,4 @@
-"""Conventions of the arithmetic that both backends and the operators share."""
+"""What both backends and the operators share: the loss's options, dtypes of sums, range checks, the loss of a row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inverse_counts(
 def check_ids(ids: Tensor, vocab: int) -> None:
     """Raises IndexError for a token id outside [0, V).
 
-    Ids on a GPU are not looked at: that would wait for all work before them.
+    Ids on a GPU are not checked, because reading them would make the program wait for the GPU.
     """
     if ids.device.type == "cpu" and ids.numel():
         for extreme in ids.aminmax():
@@ -50,7 +50,7 @@ def check_ids(ids: Tensor, vocab: int) -> None:
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     """Raises IndexError for a target outside [0, V) that is not ``ignore_index``.
 
-    Targets on a GPU are not looked at: that would wait for all work before them.
+    Targets on a GPU are not checked, because reading them would make the program wait for the GPU.
     """
     if target.device.type == "cpu":
         bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]

@@ -1,4 +1,4 @@
-"""The specification: every operator as eager PyTorch, one screen each, differentiable, in the dtype it is given.
+"""The definition of every operator in plain, differentiable PyTorch. Each computes in the dtype of its inputs.
 
 Tests and benchmarks compare with these definitions (in fp64); nothing in the library calls them.
 """
@@ -66,7 +66,7 @@ def patch_cross_entropy(
     per_slot = torch.ones(t.shape[-1], dtype=z.dtype, device=z.device) if target_weight is None else target_weight
     count = valid.reshape(-1, t.shape[-1]).sum(0)  # (K)
     per_slot = per_slot.to(z.dtype).where(count > 0, 0)
-    # the slot's weight is applied once, to the slot's mean over valid rows
+    # The losses stay unweighted here: each slot's weight is applied below, to the mean of the slot.
     unweighted = patch_cross_entropy(
         input,
         t,

@@ -24,7 +24,7 @@ __all__ = [
     "slice_statistics_",
 ]
 
-CHUNK_BYTES = 2**24  # of logits in fp32 that `loss` and `logits_gradient` hold at a time
+CHUNK_BYTES = 2**24  # the most fp32 logits, in bytes, that `loss` and `logits_gradient` hold at a time
 
 
 def loss(
@@ -58,7 +58,7 @@ def logits_gradient(
 
 
 def loss_and_gradient_(
-    logits: Tensor,  # (N, V), a buffer of ours
+    logits: Tensor,  # (N, V), a buffer of the library
     target: Tensor,  # (N, K)
     c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
     losses: Tensor,  # (N, K)
@@ -121,7 +121,7 @@ def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
 
 
 def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
-    """What a logit takes while its slice is worked on: itself, an fp32 copy of 16 bits, the slope of a soft cap."""
+    """Bytes needed for a logit of a slice: the logit, fp32 copies if it has 16 bits, as much again for a soft cap."""
     size = dtype.itemsize + (8 if dtype.itemsize == 2 else 0)
     return size if options.softcap is None else 2 * size
 

@@ -1,6 +1,6 @@
-"""What the three ways of the fused linear loss share: memory budgets, chunks, products, outputs, scales.
+"""What the three implementations of the fused linear loss share: budgets, chunks, products, outputs, scales.
 
-The three ways are chunks of rows, slices of the vocabulary, and a vocabulary in shards over processes.
+They work by chunks of rows, by slices of the vocabulary, or with a vocabulary that is sharded over processes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """The body of a custom operator runs under the caller's autocast, which would cast its fp32 sums."""
+    """Switches autocast off.
+
+    A custom operator runs under the caller's autocast, which would turn its fp32 sums into 16 bits.
+    """
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         yield
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
-    """Rows of a chunk: chunks of equal size within the budget, no more of them than it asks for.
+    """The number of rows of a chunk: as few chunks as the budget allows, of about equal size.
 
-    The size is a multiple of 128 where that fits the budget.
+    The number is a multiple of 128 where that fits the budget.
     """
     most = max(1, budget // max(row_bytes, 1))
     if rows <= most:
@@ -62,7 +65,10 @@ def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in the dtype of ``total``; on a GPU 16-bit factors are multiplied without a copy of them."""
+    """``total += a @ b``, summed in the dtype of ``total``.
+
+    On a GPU factors of 16 bits are multiplied as they are; elsewhere they are first cast to the dtype of ``total``.
+    """
     if a.is_cuda and a.dtype == b.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -80,7 +86,7 @@ def new_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D), db (V)
     """Memory for the losses and gradients; gradients that are not needed are empty. dW and db are sums in fp32.
 
-    It takes the arguments of the operators that return these four, and so is their fake too.
+    It takes the arguments of the operators that return these four tensors, so that it also is their fake.
     """
     dtype = accumulation_dtype(x.dtype)
     need_dx, need_dw, need_db = (c is not None and needed for needed in needs)

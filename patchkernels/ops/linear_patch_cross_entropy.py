@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Importing these two modules registers their operators.
 import patchkernels.ops.linear_row_chunks
-import patchkernels.ops.linear_vocab_shards  # noqa: F401  (both register their operator)
+import patchkernels.ops.linear_vocab_shards  # noqa: F401
 from patchkernels.numerics import IGNORE_INDEX, LossOptions
 from patchkernels.ops.backend import choose_backend
 from patchkernels.ops.linear_buffers import LOGITS_BYTES, LOGITS_BYTES_LOSS_ONLY, power_of_two_scale
@@ -143,7 +144,7 @@ def _check_dtypes_and_devices(x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 class _Call(NamedTuple):
-    """What a call of the fused loss has beside its tensors."""
+    """The settings of one call of the fused loss."""
 
     needs: list[bool]  # gradients of x, weight, bias
     options: LossOptions
@@ -167,7 +168,7 @@ class _Call(NamedTuple):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """``sum c l`` for a given matrix ``c``, gradients formed in the forward and scaled in the backward."""
+    """The weighted sum ``sum c l``. Its gradients are formed in the forward, and the backward only scales them."""
 
     @staticmethod
     def forward(
@@ -196,7 +197,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 class _LinearLosses(torch.autograd.Function):
-    """``l (N, K)``; the backward forms the logits again, since it learns ``c`` only then."""
+    """The losses of all targets, ``l (N, K)``.
+
+    ``c``, the gradient with respect to them, is known only in the backward, which therefore forms the logits again.
+    """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: _Call) -> Tensor:
@@ -217,5 +221,8 @@ class _LinearLosses(torch.autograd.Function):
 
 
 def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
-    """Out of place, so that a second backward finds them as they were; the one cast of dW happens here."""
+    """The gradients times ``scale``, in the dtype of the parameters.
+
+    They are not changed in place, because a second backward needs them again.
+    """
     return [(g * scale).to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]

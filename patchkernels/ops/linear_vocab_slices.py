@@ -2,7 +2,7 @@
 
 The logits exist for a few classes of all rows at a time:
 
-    forward    z_s = x W_s^T;   max, sum exp, sum z and z[target] of each row go on          1 product
+    forward    z_s = x W_s^T;   updates max, sum exp, sum z and z[target] of each row        1 product
     backward   z_s = x W_s^T;   dz_s in place;   dW_s = dz_s^T x;   dx += dz_s W_s           3 products
 
 Between the two only the log-sum-exp of each row is kept. A slice of dW is one product, formed in place and in its
@@ -25,7 +25,7 @@ from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_
 from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
 from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
 
-SMALLEST_SLICE_BYTES = 2**20  # a thinner slice multiplies badly
+SMALLEST_SLICE_BYTES = 2**20  # matrix products with a thinner slice are slow
 
 
 def vocab_slice_losses(
@@ -35,7 +35,7 @@ def vocab_slice_losses(
     target: Tensor,  # (N, K)
     needs: list[bool],  # gradients of x, weight, bias
     options: LossOptions,
-    logits_bytes: int | None,  # None: about 1 % of the logits in 16 bits, with the statistics of the rows
+    logits_bytes: int | None,  # None: 1/128 of 2 N V bytes, or 1 MiB if that is more
     backend: str,
 ) -> Tensor:  # l (N, K)
     """The losses of all targets, unweighted, in fp32 (fp64 for fp64)."""
@@ -159,7 +159,7 @@ def _slices(
     bias: Tensor | None,  # (V)
     slice_bytes: int,
     options: LossOptions,
-    cross_entropy: Any,  # of a backend
+    cross_entropy: Any,  # the backend's module of that name
 ) -> Iterator[tuple[int, Tensor]]:
     """The first class of each slice and its logits, which lie in one buffer and are overwritten by the next slice's."""
     columns = slice_columns(len(weight), len(x) * cross_entropy.bytes_per_logit(x.dtype, options), slice_bytes)

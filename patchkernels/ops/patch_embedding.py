@@ -134,8 +134,8 @@ class _ShardedPatchEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         ids, grad = ids.reshape(-1, ids.shape[-1]), grad.reshape(-1, grad.shape[-1])
         inside = _inside_shard(ids, ctx.rows, ctx.shard.first, ctx.padding_idx)
-        # To the operator the tokens of other shards are padding, an extra row of the table. It divides by the number
-        # of tokens that are not padding, which the scale turns into the number of tokens in the whole vocabulary.
+        # Tokens of other shards become padding: they get the id of an extra row. The operator divides by the number of
+        # tokens that are not padding; the scale turns this into the number over the whole vocabulary.
         local_ids = torch.where(inside, ids - ctx.shard.first, ctx.rows)
         dtype = accumulation_dtype(grad.dtype)
         scaled = grad.to(dtype)
@@ -156,7 +156,7 @@ def _forward(
     out: Tensor = implementation("patch_embedding", backend).forward(
         ids.reshape(-1, ids.shape[-1]), weight, padding_idx
     )
-    return out.resize_(*ids.shape[:-1], weight.shape[1])  # no view, so that the caller may change it in place
+    return out.resize_(*ids.shape[:-1], weight.shape[1])  # not a view, which the caller could not change in place
 
 
 @torch.library.custom_op("patchkernels::patch_embedding_backward", mutates_args=())
@@ -185,7 +185,7 @@ def _sharded_forward(
     *shape, patch_size = ids.shape
     ids = ids.reshape(-1, patch_size)
     dtype = accumulation_dtype(weight.dtype)
-    # Sums begin with -0.0, because -0.0 + x is x to the last bit, also where x is -0.0.
+    # Sums start at -0.0: adding 0.0 would turn an embedding of -0.0 into 0.0, and K = 1 must be exact to the bit.
     total = torch.full((len(ids), weight.shape[1]), -0.0, dtype=dtype, device=weight.device)
     if len(weight):
         # at K = 1 the padding row is read like any other, as in F.embedding
@@ -198,7 +198,7 @@ def _sharded_forward(
         total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
     bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
     out = total.masked_fill_(bad, torch.nan).to(weight.dtype)
-    return out.resize_(*shape, weight.shape[1])  # no view, so that the caller may change it in place
+    return out.resize_(*shape, weight.shape[1])  # not a view, as above
 
 
 def _inside_shard(ids: Tensor, rows: int, first: int, padding_idx: int | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Targets of the K-token losses: what each row predicts, with which weight, and how the losses are reduced.
 
 Ignored labels, weights, repeated targets and every reduction are one matrix ``c`` of shape (N, K), with
-``loss = sum_nk c_nk l_nk``. Nothing here is of the vocabulary's size, and nothing waits for a GPU.
+``loss = sum_nk c_nk l_nk``. No tensor here has the size of the vocabulary, and nothing waits for a GPU.
 """
 
 from __future__ import annotations

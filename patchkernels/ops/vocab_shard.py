@@ -14,7 +14,7 @@ class VocabShard(NamedTuple):
 
     first: int
     vocab: int
-    group: str  # the name of the process group: operators take no group itself
+    group: str  # the name of the process group, since a registered operator cannot take the group itself
 
 
 def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
@@ -83,5 +83,8 @@ def process_group(name: str) -> dist.ProcessGroup:
 
 
 def _is_dtensor(tensor: Any) -> bool:
-    """Looks at attributes, not at the type: importing ``DTensor`` takes longer than all the rest of this package."""
+    """Whether a tensor is a DTensor.
+
+    It looks for attributes instead of the type, because importing DTensor takes longer than all the rest.
+    """
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -82,17 +82,19 @@ def test_the_report_shows_every_contender_and_draws_every_figure(result, cases):
     assert all(path.stat().st_size > 5000 for path in result.parent.glob("*.png"))
 
 
-def test_readme_shows_the_newest_result():
+def test_the_results_page_shows_the_newest_result():
     newest = max((CHECKOUT / "bench/results").glob("*/*.json"), key=lambda path: path.stem)
     script = f"from pathlib import Path; from bench.report import report; print(report(Path({str(newest)!r})))"
     done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, env=ENVIRONMENT, capture_output=True, text=True)
     lines = set(done.stdout.splitlines())
-    text = (CHECKOUT / "README.md").read_text()
-    shown = text[text.index("### Benchmarks") : text.index("## Limits")].splitlines()
+    page = CHECKOUT / "docs" / "results.md"
+    text = page.read_text()
+    shown = text[text.index("## Benchmarks") :].splitlines()
     assert [line for line in shown if line.startswith("|") and line not in lines] == []
     assert any(line.startswith("| demo | 4 | ") for line in shown)
     assert done.stdout.splitlines()[0] in shown
-    assert all((CHECKOUT / path).is_file() for path in re.findall(r"\]\((bench/[^)]*png)\)", text))
+    figures = re.findall(r"\]\((\.\./bench/[^)]*png)\)", text)
+    assert figures and all((page.parent / path).is_file() for path in figures)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
