@@ -1,4 +1,4 @@
-# Every target builds the virtual environment it needs from pyproject.toml and constraints.txt, and only when they changed.
+# Every target builds the virtual environment that it needs, and again when pyproject.toml or constraints.txt changes.
 #   make train ARGS="--help"      options of the training run
 #   make test  ARGS="-k readme"   options of pytest
 #   make ... PYTHON=python3.12 VENV=/somewhere/else
@@ -16,7 +16,8 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal $(ARGS)
 
-# Beside the environment, for their tests alone: the oldest transformers, and torchtitan, which excludes our datasets.
+# For single tests, installed outside of the environment since they conflict with it: the oldest transformers that we
+# support, and torchtitan, which excludes our version of datasets.
 OLDEST = transformers==5.0.0 accelerate==1.10.0 huggingface-hub==1.33.0 tokenizers==0.22.2 typer-slim==0.24.0 \
 	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
 TORCHTITAN = torchtitan==0.3.0 spmd_types==0.2.3 torchdata==0.11.0 torch_checkpointing==0.1.1 tensorboard==2.21.0 \
@@ -31,7 +32,7 @@ test-others: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torchtitan $(BIN)/pytest -p no:benchmark --numprocesses 2 \
 		tests/test_torchtitan.py $(ARGS)
 
-# Peers that are to be compared with are installed beside: pip install ".[peers]" on a machine with a GPU.
+# The libraries to compare with are installed by hand: pip install ".[peers]" on a machine with a GPU.
 bench: $(VENV)/.installed-dev
 	$(BIN)/pytest bench/ --benchmark-only --benchmark-json bench.json $(ARGS)
 	$(BIN)/python -m bench.report bench.json
@@ -43,7 +44,7 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# The build backend is installed first, so that it too has the pinned version (--no-build-isolation).
+# The build backend is installed first, so that it has the pinned version too (--no-build-isolation).
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing patchkernels into $(VENV), with torch: this takes minutes, once."
 	$(PYTHON) -m venv $(VENV)

@@ -60,7 +60,7 @@ def compare(shape: shapes.Logits) -> Comparison:
 def in_one_pass(logits: Tensor, target: Tensor) -> dict[str, Function]:
     """On a GPU, the kernel that the fused linear loss runs on a chunk of logits: dlogits replace the logits.
 
-    It is no contender, because it may be called only on logits that nobody needs afterwards, and is not checked.
+    It is no contender and is not checked, because it may only be called on logits that are not needed afterwards.
     """
     if ONE_PASS not in CONTENDERS:
         return {}

@@ -30,8 +30,8 @@ def groups(scale: str) -> list[Group]:
 def token_ids(shape: shapes.Embedding) -> Tensor:
     """Ids of shape (N, K), the same at every call.
 
-    With ``"zipf"`` the r-th most frequent id has a probability proportional to 1 / r, as words have: the most frequent
-    one of V = 32000 makes about 9 % of the tokens.
+    With ``"zipf"`` the probability of the r-th most frequent id is proportional to 1 / r, as that of words is. With
+    V = 32000, about 9 % of the tokens are the most frequent id.
     """
     generator = torch.Generator().manual_seed(0)
     if shape.ids == "uniform":

@@ -1,7 +1,7 @@
-"""The training step: forward, backward and AdamW under bf16 autocast, with equally many positions for every K.
+"""The training step: forward, backward and AdamW, on a GPU under bf16 autocast, with equal positions for every K.
 
-One comparison has the patch sizes and Hugging Face's LLaMA of equal shape as contenders; another has the parts of a
-step.
+One comparison times whole steps: several patch sizes, and Hugging Face's LLaMA of the same shape. Another times the
+parts of a step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def autocast(on: torch.device) -> torch.autocast:
 
 
 def take_step(loss: Any, optimizer: torch.optim.Optimizer, on: torch.device) -> list[Tensor]:
-    """A training step. It returns no results: they change with every step and are checked beforehand."""
+    """Takes a training step. It returns no results, since they change with every step; they are checked beforehand."""
     with autocast(on):
         value = loss()
     value.backward()
@@ -71,7 +71,7 @@ def take_step(loss: Any, optimizer: torch.optim.Optimizer, on: torch.device) -> 
 
 
 def check_loss(model: PatchLM, call: Any, ids: Tensor, patch_size: int) -> None:
-    """``AssertionError`` unless ``call``, the model as it is or compiled, gives the loss of the model's logits."""
+    """``AssertionError`` unless ``call``, the model or its compiled form, returns the loss of the model's logits."""
     with torch.no_grad(), autocast(ids.device):
         logits, target = model(ids, patch_size=patch_size), next_patch_targets(ids, patch_size)
         expected = reference.patch_cross_entropy(logits.float(), target)
@@ -82,7 +82,7 @@ def check_loss(model: PatchLM, call: Any, ids: Tensor, patch_size: int) -> None:
 def hugging_face(model: PatchLM, liger: Any = None) -> Any:
     """The LLaMA of transformers with the weights of ``model``, or :class:`peers.Missing`.
 
-    With the module ``liger_kernel.transformers`` given, Liger's kernels replace some of its layers.
+    If ``liger`` is the module ``liger_kernel.transformers``, Liger's kernels replace some of the layers.
     """
     transformers = peers.optional("transformers", "transformers")
     if isinstance(transformers, peers.Missing):
@@ -103,7 +103,7 @@ def hugging_face(model: PatchLM, liger: Any = None) -> Any:
 
 
 class Step(NamedTuple):
-    """What a contender trains: the model whose parameters a step changes, and the loss that it takes."""
+    """A contender: the model whose parameters a step changes, and the function that computes its loss."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
@@ -124,7 +124,7 @@ def our_steps(model: PatchLM, shape: shapes.Step, on: torch.device) -> dict[str,
 
 
 def peer_steps(model: PatchLM, shape: shapes.Step, on: torch.device) -> dict[str, Step | peers.Missing]:
-    """The peers at K = 1, each with the weights of ``model``, whose loss they must have."""
+    """The peers at K = 1, each with the weights of ``model``. Their loss must be that of ``model``."""
     ids = token_ids(shape, 1, on)
     llama = hugging_face(model)
     with_liger = peers.bind(peers.on_gpu("liger-kernel", "liger_kernel.transformers", on), partial(hugging_face, model))
@@ -167,9 +167,9 @@ def shape_of(shape: shapes.Step) -> dict[str, Any]:
 
 
 def tokens_and_flops(name: str, shape: shapes.Step) -> dict[str, Any]:
-    """The raw tokens that a contender's step reads; of our model, not compiled, also the FLOPs for each of them.
+    """The raw tokens that a contender's step reads and, for our uncompiled model, the FLOPs per raw token.
 
-    The report forms the cost of a whole run from these.
+    The report computes the cost of a whole run from these.
     """
     patch_size = int(name.split("K=")[1]) if "K=" in name else 1
     raw_tokens = shape.rows * shape.context * patch_size

@@ -44,12 +44,12 @@ class Comparison:
     device: torch.device
     contenders: dict[str, Contender | Missing]
     exact: Contender | None = None  # the eager definition in fp32; None where results are not comparable
-    floor: str | None = None  # the one of the floors that shares are taken of
+    floor: str | None = None  # the name of the floor that ``share_of_floor`` refers to
     floors: dict[str, Function] = field(default_factory=dict)
-    flops: int | None = None  # the fewest that the case needs
-    bytes: int | None = None  # the fewest that the case moves
+    flops: int | None = None  # the smallest number that the case needs
+    bytes: int | None = None  # the smallest number that the case moves
     budget_seconds: float = 2.0  # about how long all rounds may take together
-    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # more for the JSON, by contender
+    extra: dict[str, dict[str, Any]] = field(default_factory=dict)  # further JSON values by contender
 
     # What run() measures, by contender.
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Comparison:
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other]))
 
     def info(self, name: str) -> dict[str, Any]:
-        """What the JSON says of a contender beside its times."""
+        """The JSON values of a contender besides its times."""
         median = statistics.median(self.seconds[name])
         quartiles = statistics.quantiles(self.seconds[name], n=4)
         values = {

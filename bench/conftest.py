@@ -1,4 +1,4 @@
-"""How pytest runs the benchmarks: the option --scale, one case a contender, and the environment in the JSON."""
+"""How pytest runs the benchmarks: the option --scale, one case per contender, and the environment in the JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ missing_contenders: dict[str, str] = {}  # name to reason, gathered for the summ
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--scale", choices=SCALES, help="shapes; default: published on a GPU, small on a CPU")
+    parser.addoption("--scale", choices=SCALES, help="set of shapes; default: published on a GPU, small on a CPU")
 
 
 def device() -> torch.device:
@@ -80,7 +80,7 @@ def _peak() -> dict[str, float]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Makes a case of every contender of a module's comparisons, one comparison after the other."""
+    """Makes each contender of a module's comparisons a case, one comparison after the other."""
     if "comparison" in metafunc.fixturenames:
         groups = metafunc.module.groups(scale(metafunc.config))
         cases = {f"{group.id}-{name}": (group, name) for group in groups for name in group.contenders}
@@ -96,7 +96,7 @@ def comparison(request: pytest.FixtureRequest) -> Comparison:
     """The comparison that a case belongs to.
 
     All contenders are measured when the first of their cases runs. Only the last comparison is kept, so that two never
-    hold memory at once; one that failed raises its error in each of its cases.
+    hold memory at once. A comparison that failed raises its error in each of its cases.
     """
     group: Group = request.param
     if group not in _last:
@@ -119,7 +119,7 @@ def comparison(request: pytest.FixtureRequest) -> Comparison:
 
 @pytest.fixture
 def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Comparison, str], None]:
-    """A function that reports to pytest-benchmark the rounds of a contender that its comparison has measured."""
+    """A function that reports the measured rounds of a contender to pytest-benchmark."""
 
     def record_case(comparison: Comparison, name: str) -> None:
         if name in comparison.missing:

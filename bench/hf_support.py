@@ -1,13 +1,13 @@
-"""Finds out which causal language models of the installed transformers take patch steps, each at a tiny size.
+"""Tests which causal language models of the installed transformers can take patch steps, each at a tiny size.
 
     python bench/hf_support.py                        writes docs/hf-support.md
     python bench/hf_support.py --out "" llama gemma2  only prints what it finds, for some model types
 
-It is run as a script, with patchkernels installed, so that the checkout is not on ``sys.path``: transformers imports
-any module named ``kernels``, and in a checkout that is a folder of ours.
+Run it as a script, with patchkernels installed, so that the checkout is not on ``sys.path``: transformers imports any
+module named ``kernels``, and the checkout has a folder of that name.
 
-Two checks of every model. Its loss and gradients on tokens that are each repeated K times, in patches of K, must be
-those of the unmodified model on the tokens. And its loss on random tokens must be one that is computed here from mean
+Every model takes two checks. If each token is repeated K times, loss and gradients in patches of K must be those of the
+unmodified model on the tokens once. On random tokens, the loss must be the one that is computed here from mean
 embeddings. The exit code is 1 if a model that could be enabled fails a check.
 """
 
@@ -33,7 +33,7 @@ PATCH_SIZE = 3
 TOLERANCE = 1e-4  # relative, for models in fp32
 MAX_PARAMETERS = 100_000_000
 
-# Values for whatever of these fields a configuration has.
+# Small values. A tiny model gets those for which its configuration has a field.
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim": 32, "n_layer": 2,
     "num_layers": 2, "n_layers": 2, "num_hidden_layers": 4, "num_decoder_layers": 2, "decoder_layers": 2,
@@ -52,7 +52,7 @@ SMALL = {
     "vision_output_dim": 32, "num_global_layers": 2, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4,
     "encoder_hidden_size": 32, "mm_tokens_per_image": 4, "layerdrop": 0.0,
 }  # fmt: skip
-ABSENT = object()  # a field that is to keep its default
+ABSENT = object()  # stands for a field that keeps its default
 # Values for model types that cannot be built from the table above.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -79,7 +79,7 @@ UNSET = ("n_inner", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass
 class Row:
-    """What was found of one model type: a line of the page."""
+    """The result for one model type: a row of the table on the page."""
 
     kind: str
     architecture: str
@@ -104,7 +104,7 @@ def tiny(kind: str, architecture: str) -> Any:
 
 
 def shrink(cls: Any, special: dict[str, Any]) -> Any:
-    """A configuration of that class, and the configurations inside it, with the values of ``SMALL``."""
+    """A configuration of the class ``cls`` with the values of ``SMALL``, also in the configurations inside it."""
     default = cls()
     fields: dict[str, Any] = {}
     for name, value in SMALL.items():
@@ -132,7 +132,7 @@ def shrink(cls: Any, special: dict[str, Any]) -> Any:
 
 
 def build(architecture: str, config: Any) -> Any:
-    """The model in fp32, with weights far from the small numbers of a fresh one."""
+    """The model in fp32, with random weights that are much larger than those of a fresh model."""
     import transformers
 
     make = getattr(transformers, architecture)._from_config
@@ -158,7 +158,7 @@ def loss_and_gradients(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def judge(kind: str, architecture: str, model: Any) -> Row:
-    """Enables the model and compares; the verdict is that of :func:`patchkernels.hf.enable`, or ``wrong``."""
+    """Enables patch steps in the model and checks it. The verdict is that of ``hf.enable``, or ``wrong``."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 64, (2, 6), generator=generator)
     labels = ids.clone()
@@ -187,7 +187,7 @@ def judge(kind: str, architecture: str, model: Any) -> Row:
     size = sum(float(g.norm() ** 2) for g in gradients) ** 0.5
     distance = sum(float((a - b).norm() ** 2) for a, b in zip(patch_gradients, gradients)) ** 0.5
     errors = (abs(patch_loss / loss - 1), distance / size, abs(random_patch_loss / random_loss - 1))
-    if has_auxiliary_loss(model):  # the loss that is computed here lacks it
+    if has_auxiliary_loss(model):  # random_loss does not include it
         errors = (*errors[:2], float("nan"))
     verdict = "fused" if hf.is_fused(model) else "materialised"
     if not all(math.isnan(error) or error <= TOLERANCE for error in errors) or math.isnan(errors[0]):
@@ -197,14 +197,14 @@ def judge(kind: str, architecture: str, model: Any) -> Row:
 
 @torch.no_grad()
 def loss_of_means(model: Any, ids: torch.Tensor) -> float:
-    """The loss of a patch step, computed outside of the model from the mean embeddings that it is given."""
+    """The loss of a patch step, computed from the logits that the unmodified model gives for mean embeddings."""
     means = model.get_input_embeddings()(ids).unflatten(1, (-1, PATCH_SIZE)).mean(2)
     targets = next_patch_targets(ids, PATCH_SIZE)
     return float(reference.patch_cross_entropy(model(inputs_embeds=means).logits.float(), targets))
 
 
 def has_auxiliary_loss(model: Any) -> bool:
-    """Whether the model adds a loss of its own, as mixtures of experts do."""
+    """Whether the model adds an auxiliary loss, as mixtures of experts do."""
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes one Parquet file of text from Debian's linux-source package; with MEGABYTES, from a part of it:
+# Makes one Parquet file from the text of Debian's linux-source package, or from a part of it with MEGABYTES:
 #   bench/linux_corpus.sh OUT.parquet [MEGABYTES]
 # Needs apt-get, dpkg-deb, tar, xz and the patchkernels command (or $PATCHKERNELS). The text is under GPL-2.0.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""How everything here is measured: times in interleaved rounds, peak memory, errors against the eager definition."""
+"""Measurements: times in interleaved rounds, peak memory, and errors against the eager definition."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MIN_ROUNDS, MAX_ROUNDS = 4, 30
 
 
 def interleaved(functions: dict[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds a call, in rounds A B C A B C ..., so that all functions suffer alike when the clocks drift.
+    """The seconds of each call, in rounds A B C A B C ..., so that a drift of the clocks affects all functions alike.
 
-    ``seconds`` is about how long all rounds may take together. There are between ``MIN_ROUNDS`` and ``MAX_ROUNDS`` of
-    them, after one that warms up and does not count. On CUDA the times are the device's, taken between events, and the
-    L2 cache is flushed before each call.
+    ``seconds`` is about how long all rounds may take together. There are between ``MIN_ROUNDS`` and ``MAX_ROUNDS``
+    rounds, after one for warming up that does not count. On CUDA the times are the device's, taken between
+    events, and the L2 cache is flushed before each call.
     """
     timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
     first = timed(functions)
@@ -55,9 +55,9 @@ def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:
-    """The most memory that a call holds at a time beyond what was allocated before it; its results count.
+    """The most memory that a call holds at a time beyond what was allocated before it, results included.
 
-    Call the function once before, so that what it allocates only the first time does not count.
+    Call the function once beforehand, so that one-time allocations do not count.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What people would otherwise use: other libraries' functions, and plain PyTorch code from papers.
+"""The peers: functions of other libraries, and plain PyTorch code from papers, that do the work of our operators.
 
 A peer that cannot run is a :class:`Missing` with the reason, which the benchmark lists.
 """
@@ -46,7 +46,7 @@ def on_gpu(distribution: str, module: str, device: torch.device, majors: range |
 
 
 def bind(found: Any, make: Callable[[Any], Callable[..., Any]]) -> Any:
-    """``make(found)``; a :class:`Missing` stays what it is."""
+    """``make(found)``, or ``found`` itself if it is :class:`Missing`."""
     return found if isinstance(found, Missing) else make(found)
 
 
@@ -67,7 +67,7 @@ def dense_targets(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def liger_cross_entropy(device: torch.device) -> Any:
-    """Liger's cross entropy of one target a row, once a slot."""
+    """Liger's cross entropy, which takes one target per row, called once per slot."""
 
     def make(liger: Any) -> Callable[..., Tensor]:
         def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def patch_train_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def rows_repeated(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Makes a loss of one target a row a loss of K targets a row: every row is repeated K times."""
+    """Turns a loss of one target per row into one of K targets per row: every row is repeated K times."""
 
     def repeated(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         slots = target.shape[1]
@@ -98,7 +98,7 @@ def rows_repeated(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[
 
 
 def linear_losses(device: torch.device) -> dict[str, Any]:
-    """Every peer, computing K targets a row in the best way that it offers."""
+    """Every peer, computing K targets per row in the best way that it offers."""
     chunked: Any = Missing("F.linear_cross_entropy came with torch 2.13")
     whole = chunked
     if hasattr(F, "linear_cross_entropy"):
@@ -122,7 +122,7 @@ def linear_losses(device: torch.device) -> dict[str, Any]:
 
 
 def _cut_cross_entropy(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """CCE's loss for K targets a row: ``lse - x . mean_k W[t_k]``, without its filter of small gradients.
+    """CCE's loss for K targets per row: ``lse - x . mean_k W[t_k]``, without its filter of small gradients.
 
     CCE gives ``lse - x . W[t_0]``, the loss of the first target; the difference is added with plain PyTorch.
     """

@@ -1,8 +1,8 @@
-"""A clock for pytest-benchmark that repeats times measured before.
+"""A clock for pytest-benchmark that replays times measured before.
 
 Contenders are timed in turn, A B C A B C ..., which pytest-benchmark cannot do: it finishes one case before it begins
-the next. So they are timed by :mod:`bench.measure`, and pytest-benchmark, given this clock, measures empty functions
-whose rounds seem to take as long as those did.
+the next. So :mod:`bench.measure` times them. Then pytest-benchmark measures empty functions with this clock, which
+makes their rounds seem to take the measured times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Replay:
 
     @contextmanager
     def rounds(self, seconds: list[float]) -> Iterator[None]:
-        """Within this context the clock repeats rounds of these lengths."""
+        """Within this context the clock replays rounds of these lengths."""
         ends = list(accumulate(seconds))
         self.times = iter([time for start, end in zip([0.0, *ends], ends) for time in (start, end)])
         yield

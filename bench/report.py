@@ -15,13 +15,13 @@ from typing import Any
 
 from bench import OURS
 
-SHARE = 2 / 3  # lambda: the share of the data that the run of the cost tables reads in patches
+SHARE = 2 / 3  # lambda: the share of its data that the run in the cost tables reads in patches
 DATA_SHEET = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}  # dense bf16 TFLOP/s, from the vendor
-Case = dict[str, Any]  # what Comparison.info says of a contender
+Case = dict[str, Any]  # the values that Comparison.info returns for a contender
 
 
 def load(file: Path) -> tuple[dict[str, Any], dict[str, list[Case]]]:
-    """The machine that a file's results are of, and the cases of each comparison. ``ValueError`` for another file."""
+    """The machine of a file's results, and the cases of each comparison. ``ValueError`` if it holds no results."""
     try:
         content = json.loads(file.read_text())
         content["machine_info"]["peak"]
@@ -60,12 +60,12 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def milliseconds(case: Case) -> str:
-    """The median, and half the interquartile range in percent of it."""
+    """The median time, and half the interquartile range in percent of the median."""
     return f"{case['median_seconds'] * 1e3:.4g} ± {case['spread'] * 50:.0f} %"
 
 
 def comparison_table(groups: list[list[Case]]) -> str:
-    """A row a contender: time, ratio to ours, rate, share of the floor, memory beyond the results, largest error."""
+    """One row per contender: time, ratio to ours, rate, share of the floor, memory beyond results, largest error."""
     rows = []
     for cases in groups:
         first = cases[0]
@@ -89,7 +89,7 @@ def comparison_table(groups: list[list[Case]]) -> str:
 
 
 def rate(case: Case) -> str:
-    """FLOPs a second where they are counted, else bytes a second, else nothing."""
+    """FLOPs per second if they are counted, else bytes per second, else nothing."""
     if "tflops_per_second" in case:
         return f"{case['tflops_per_second']:.3g} TFLOP/s"
     if "gigabytes_per_second" in case:
@@ -105,7 +105,7 @@ def steps(groups: dict[str, list[Case]]) -> list[tuple[dict[str, Any], dict[str,
 
 
 def peak_tflops(machine: dict[str, Any]) -> tuple[float, str]:
-    """What utilisation is a share of, and where it is from: the data sheet, or the product that the run measured."""
+    """The TFLOP/s that count as full utilisation, and their source: the data sheet or the measured matrix product."""
     for name, value in DATA_SHEET.items():
         if name in machine["device"]:
             return value, "data sheet"
@@ -113,7 +113,7 @@ def peak_tflops(machine: dict[str, Any]) -> tuple[float, str]:
 
 
 def step_table(machine: dict[str, Any], groups: dict[str, list[Case]]) -> str:
-    """A row a training step: time, raw tokens a second, against K = 1, FLOP utilisation, memory."""
+    """One row per training step: time, raw tokens per second, their ratio to K = 1, FLOP utilisation, memory."""
     peak, source = peak_tflops(machine)
     rows = []
     for shape, cases in steps(groups):
@@ -133,13 +133,13 @@ def step_table(machine: dict[str, Any], groups: dict[str, list[Case]]) -> str:
 
 
 def speed_up(base: Case, case: Case) -> float:
-    """The raw tokens that a step reads in a second, over those of the step ``base``."""
+    """The raw tokens per second of a step, divided by those of the step ``base``."""
     ratio = 1.0 if case is base else case["ratio_to"][base["contender"]]
     return float(case["raw_tokens"] / base["raw_tokens"] / ratio)
 
 
 def costs(cases: dict[str, Case], share: float = SHARE) -> dict[int, tuple[float, float]]:
-    """For each K the cost of a run with ``share`` of its data in patches of K, against a run without patches.
+    """The cost, by K, of a run with ``share`` of its data in patches of K, against a run without patches.
 
     The pair is the cost in seconds and the cost in counted FLOPs.
     """
@@ -154,7 +154,7 @@ def costs(cases: dict[str, Case], share: float = SHARE) -> dict[int, tuple[float
 
 
 def cost_table(groups: dict[str, list[Case]]) -> str:
-    """A row a model and K: the cost of a run as measured, as counted, and by the formula."""
+    """One row per model and K: the cost of a run as measured, as counted, and by the formula."""
     rows = [
         [shape["preset"], str(k), f"{seconds:.3f}", f"{flops:.3f}", f"{SHARE / k + 1 - SHARE:.3f}"]
         for shape, cases in steps(groups)
@@ -183,7 +183,7 @@ def report(file: Path) -> str:
 
 def draw(file: Path) -> list[Path]:
     """Draws the figures that the results in ``file`` allow, as PNGs beside it, and returns their paths."""
-    from patchkernels.files import replace_file  # here, because it brings torch, which the tables do not need
+    from patchkernels.files import replace_file  # imported here because it imports torch, which the tables do not need
 
     machine, groups = load(file)
     drawn = []
@@ -206,9 +206,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def bars(machine: dict[str, Any], groups: dict[str, list[Case]], operator: str) -> Any:
-    """The time of every contender as a bar and the floor as a dashed line, a plot a comparison; None without any.
+    """One plot per comparison: the contenders' times as bars and the floor as a dashed line. None without comparisons.
 
-    Bars are cut off at five times our own time, so that a slow peer does not hide the differences.
+    Bars are cut off at five times our own time, so that a slow peer does not hide the differences between the others.
     """
     found = comparisons_of(groups, operator)
     if not found:
@@ -245,9 +245,9 @@ def _draw_bars(axis: Any, cases: list[Case]) -> None:
 
 
 def roofline(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """Our operators under the roofs that the device reached: FLOP/s over FLOPs a byte.
+    """Our operators below the measured peaks of the device: FLOP/s over FLOPs per byte.
 
-    The bytes are the fewest that a case can move. None without any case.
+    The bytes are the fewest that a case can move. Returns None without any case.
     """
     flops, bandwidth = machine["peak"]["tflops_per_second"], machine["peak"]["gigabytes_per_second"] / 1e3
     markers = {"patch_embedding": "o", "patch_cross_entropy": "s", "linear_patch_cross_entropy": "^"}
@@ -287,7 +287,7 @@ def work_of(case: Case) -> tuple[float, float]:
 
 
 def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """How the time of a step is made up, as stacked bars at K = 1 and 4; None without any step."""
+    """The parts of a step's time as stacked bars, at K = 1 and 4. None without any step."""
     found = comparisons_of(groups, "parts of a step")
     if not found:
         return None
@@ -308,7 +308,7 @@ def parts(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
 
 
 def cost(machine: dict[str, Any], groups: dict[str, list[Case]]) -> Any:
-    """The cost of a run over K, measured in seconds, beside the formula λ/K + 1 - λ; None without any step."""
+    """The cost of a run over K, measured in seconds, beside the formula λ/K + 1 - λ. None without any step."""
     found = steps(groups)
     if not found:
         return None

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     preset: str
     rows: int
-    context: int  # positions a row: patches, of whatever size
+    context: int  # positions of a row, each a patch of any size
 
 
 PATCH_SIZES = (1, 2, 4, 8, 16)

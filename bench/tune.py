@@ -1,4 +1,4 @@
-"""Searches the fastest launch configurations of the kernels on this machine's GPU: ``python -m bench.tune``.
+"""Searches for the fastest launch configurations of the kernels on this machine's GPU: ``python -m bench.tune``.
 
 It prints times and changes nothing. The configurations in use come from ``launch_config`` in each module of
 ``kernels/``: where the printed times show a faster one for your GPU, change it there. Each configuration's result is
@@ -27,27 +27,27 @@ class Case(NamedTuple):
     """A kernel at one shape."""
 
     name: str
-    module: Any  # of kernels/, whose launch_config is varied
+    module: Any  # the module of kernels/ whose launch_config is varied
     configs: list[dict[str, int]]
     run: Callable[[], Tensor]
 
 
 def configurations(block_name: str, columns: int) -> list[dict[str, int]]:
-    """Every sensible pair of block size and number of warps: a block up to twice as large as a row."""
+    """All sensible pairs of block size and number of warps; a block is at most twice as large as a row."""
     pairs = itertools.product((1, 2, 4, 8, 16, 32), (4, 8, 16, 32))
     found = [{block_name: 32 * warps * per_thread, "num_warps": warps} for warps, per_thread in pairs]
     return [config for config in found if 128 <= config[block_name] <= max(2 * columns, 128)]
 
 
 def loss_function(rows: int, vocab: int, device: torch.device) -> Callable[[], Tensor]:
-    """Forms loss and dlogits of a chunk of logits in place, as the fused linear loss does."""
+    """A function that computes loss and dlogits of a chunk of logits in place, as the fused linear loss does."""
     logits = torch.randn(rows, vocab, device=device, dtype=torch.bfloat16)
     target = torch.randint(0, vocab, (rows, PATCH_SIZE), device=device)
     c, losses = torch.ones(rows, PATCH_SIZE, device=device), torch.empty(rows, PATCH_SIZE, device=device)
     buffer = torch.empty_like(logits)
 
     def run() -> Tensor:
-        buffer.copy_(logits)  # needed because the kernel overwrites it; adds the same time to every configuration
+        buffer.copy_(logits)  # the kernel overwrites its input; the copy adds the same time to every configuration
         cross_entropy.loss_and_gradient_(buffer, target, c, losses, LossOptions())
         return buffer
 
@@ -57,7 +57,7 @@ def loss_function(rows: int, vocab: int, device: torch.device) -> Callable[[], T
 def embedding_function(
     tokens: int, vocab: int, hidden: int, device: torch.device, backward: bool
 ) -> Callable[[], Tensor]:
-    """The patch embedding of random tokens, or its gradient."""
+    """A function that computes the patch embedding of random tokens, or its gradient."""
     patches = tokens // PATCH_SIZE
     ids = torch.randint(0, vocab, (patches, PATCH_SIZE), device=device)
     weight = torch.randn(vocab, hidden, device=device, dtype=torch.bfloat16)
@@ -68,7 +68,7 @@ def embedding_function(
 
 
 def search(case: Case) -> list[tuple[float, str]]:
-    """(median seconds, configuration), fastest first. The module is left as it was."""
+    """The configurations of a case, each after its median seconds, fastest first. The module is left unchanged."""
     default = case.module.launch_config
     expected = case.run().clone()
     functions: dict[str, Callable[[], Tensor]] = {"default": case.run}
@@ -89,7 +89,7 @@ def search(case: Case) -> list[tuple[float, str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4096, help="of logits")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of the logits")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 50257, 128256, 151936])
     parser.add_argument("--tokens", type=int, default=2**16)
     parser.add_argument("--table", type=int, default=32000, help="rows of the embedding table")

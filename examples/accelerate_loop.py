@@ -1,4 +1,4 @@
-"""A training loop with Accelerate around a model of transformers. Run: python examples/accelerate_loop.py
+"""Trains a transformers model in two phases with Accelerate. Run: python examples/accelerate_loop.py
 
 In several processes: accelerate launch --num_processes 2 examples/accelerate_loop.py
 """

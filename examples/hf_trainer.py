@@ -1,4 +1,4 @@
-"""A tiny Llama through both phases with the Trainer of transformers. Run: python examples/hf_trainer.py"""
+"""Trains a tiny Llama in two phases with the Trainer of transformers. Run: python examples/hf_trainer.py"""
 
 import argparse
 

@@ -16,7 +16,7 @@ CONTEXT = 256
 
 
 class Phases(lightning.Callback):
-    """Patches of K tokens in the first steps, then tokens. Lightning's checkpoint holds the step, hence the phase."""
+    """Sets the patch size, first K and then 1. It follows from the step, which Lightning's checkpoints hold."""
 
     def __init__(self, patch_size, until):
         self.patch_size, self.until = patch_size, until

@@ -1,6 +1,6 @@
 """A GPT and its training loop in plain PyTorch. Run: python examples/plain.py
 
-The lines that patch training changed end with what they were before.
+A line that patch training changed ends with a comment that shows the line before. A new line ends with an empty one.
 """
 
 import argparse

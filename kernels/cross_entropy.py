@@ -1,10 +1,9 @@
-"""Triton kernels of K-token cross entropy: one program a row of logits, whatever K is.
+"""Triton kernels of K-token cross entropy: one program per row of logits, whatever K is.
 
     pass 1   lse = log sum exp z, online in fp32;   l_k = lse - z[t_k]
-    pass 2   dz  = (sum_k c_k) softmax(z),          then the K targets' entries, in fp32 before the one rounding
+    pass 2   dz  = (sum_k c_k) softmax(z),          then the K targets' entries, computed in fp32 and rounded once
 
-A launch takes one of the passes or both. The gradient may be written over the logits, where these are a buffer of the
-library.
+A launch runs one of the passes or both. The gradient may overwrite the logits if they are the library's own buffer.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from torch import Tensor
 from patchkernels.numerics import LossOptions
 
 MAX_BLOCK = 4096  # elements of a row that a program holds at a time
-NUM_WARPS = 8  # for a block of MAX_BLOCK: 16 values a thread; with more, ptxas spills registers
-ROW_ALIGNMENT = 16  # elements; rows that begin on such boundaries are read in whole vectors, whatever V is
+NUM_WARPS = 8  # for a block of MAX_BLOCK: 16 values per thread; with more values, ptxas spills registers
+ROW_ALIGNMENT = 16  # elements; rows that begin at multiples of it are read in whole vectors, whatever V is
 
 
 def launch_config(vocab: int) -> dict[str, int]:
@@ -32,7 +31,7 @@ def loss(
     target: Tensor,  # (N, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
-    """Losses and log-sum-exp in fp32 of logits, which are read once and not written."""
+    """Losses and log-sum-exp in fp32. The logits are read once and stay unchanged."""
     losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
     _launch(_unit_stride(logits), target, None, losses, lse, None, options, needs_lse=True)
@@ -46,7 +45,7 @@ def logits_gradient(
     lse: Tensor,  # (N)
     options: LossOptions,
 ) -> Tensor:  # (N, V)
-    """dlogits, in the dtype of the logits, which are not written."""
+    """dlogits, in the dtype of the logits, which stay unchanged."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _launch(_unit_stride(logits), target, c, None, lse, dlogits, options, needs_lse=False)
     return dlogits
@@ -59,7 +58,7 @@ def loss_and_gradient_(
     losses: Tensor,  # (N, K), fp32
     options: LossOptions,
 ) -> Tensor | None:  # (N, V)
-    """Fills ``losses``; with ``c`` the logits become dlogits, in place, and are returned."""
+    """Fills ``losses``; with ``c`` also overwrites the logits with dlogits and returns them."""
     lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
     dlogits = None if c is None else logits
     _launch(logits, target, c, losses, lse, dlogits, options, needs_lse=True)
@@ -76,7 +75,7 @@ def slice_statistics_(
     *,
     keep_logits: bool,  # makes no difference here: the kernel never writes the logits
 ) -> None:
-    """Continues the statistics of the rows over some more of their classes."""
+    """Updates the statistics of the rows with the logits of more classes."""
     rows, columns = logits.shape
     if rows:
         slice_statistics_kernel[(rows,)](
@@ -96,13 +95,13 @@ def slice_gradient_(
     lse: Tensor,  # (N), over the whole vocabulary
     options: LossOptions,
 ) -> Tensor:  # (N, v)
-    """The logits of these classes become their dlogits, in place, and are returned."""
+    """Overwrites the logits of these classes with their dlogits and returns them."""
     _launch(logits, target, c, None, lse, logits, options, needs_lse=False, first=first, vocab=vocab)
     return logits
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
-    """Memory for the logits of some rows, each padded so that it begins on an aligned address."""
+    """Memory for the logits of some rows. Rows are padded, so that each begins at an aligned address."""
     vocab = len(weight)
     return weight.new_empty(rows, triton.cdiv(vocab, ROW_ALIGNMENT) * ROW_ALIGNMENT)[:, :vocab]
 
@@ -113,7 +112,7 @@ def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raises nothing: the kernels give a target outside [0, V) the loss NaN, and read no memory outside."""
+    """Does nothing: the kernels give a target outside [0, V) the loss NaN and read no memory out of bounds."""
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ def _launch(
     c = None if c is None else c.contiguous()
     patch_cross_entropy_kernel[(rows,)](
         logits, target,
-        c if c is not None else lse,  # Triton needs a tensor for every pointer; where the kernel uses none, any will do
+        c if c is not None else lse,  # Triton needs a tensor for every pointer, even for an unused one
         losses if losses is not None else lse,
         lse,
         dlogits if dlogits is not None else logits,
@@ -185,13 +184,13 @@ def _load_targets(
 ):
     """Loads the targets of a row.
 
-    Returns for each its class, whether it is valid, its column, whether that is one of these V, its logit, and the
-    slope of the soft cap at that logit.
+    Returns for each target its class, whether it is valid (not ignored), its column, whether that column is one of the
+    V here, its logit, and the slope of the soft cap at that logit.
     """
     target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
     valid = target != ignore_index
     column = target - first
-    inside = valid & (column >= 0) & (column < V)  # only these are ever dereferenced
+    inside = valid & (column >= 0) & (column < V)  # only these columns are read and written
     picked = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
@@ -215,7 +214,7 @@ def _online_softmax(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Continues a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` over more columns."""
+    """Updates a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` with more columns."""
     for start in range(0, end, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
@@ -246,8 +245,8 @@ def _losses(lse, picked, mean, inside, valid, label_smoothing, z_loss_weight, SM
 def _store_softmax_gradient(
     logits_ptr,
     dlogits_ptr,
-    factor,  # of the softmax
-    shared,  # what label smoothing takes from every class
+    factor,  # multiplies the softmax
+    shared,  # what label smoothing subtracts for every class
     lse,
     used,  # False: the row has no valid target and its gradient is 0
     V,
@@ -273,10 +272,10 @@ def _store_softmax_gradient(
 
 @triton.jit
 def _store_target_gradient(dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing):
-    """Overwrites the gradient in the targets' columns with the complete value, formed in fp32 and rounded once.
+    """Overwrites the gradient in the targets' columns with the complete value, computed in fp32 and rounded once.
 
-    Repeated targets add up, and each of them stores the same sum. The barrier puts these stores behind those of the
-    other threads.
+    The gradients of repeated targets add up, and each of them stores the same sum. The barrier makes these stores come
+    after those of :func:`_store_softmax_gradient` to the same columns, which other threads made.
     """
     same = (target[:, None] == target[None, :]) & inside[None, :]
     at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
@@ -311,7 +310,7 @@ def patch_cross_entropy_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # N * V may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # N * V may exceed 2^31
     logits_ptr += row * logits_stride
     dlogits_ptr += row * dlogits_stride
 
@@ -320,7 +319,7 @@ def patch_cross_entropy_kernel(
         logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
     )
 
-    # A row without a valid target is neither read nor exponentiated.
+    # The logits of a row without a valid target are not read: its losses and its gradient are 0.
     used = tl.sum(valid.to(tl.int32), 0) > 0
     end = tl.where(used, V, 0)
 

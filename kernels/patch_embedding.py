@@ -121,7 +121,7 @@ def patch_embedding_kernel(
     count = 0
     bad = False
     for first in range(0, SLOTS, UNROLL):
-        for i in tl.static_range(UNROLL):  # independent loads, so that UNROLL of them are under way at a time
+        for i in tl.static_range(UNROLL):  # independent loads, so that UNROLL of them are in flight at a time
             slot = first + i
             token = tl.load(ids_ptr + patch * SLOTS + slot, mask=slot < SLOTS, other=0).to(tl.int64)
             inside = (token >= 0) & (token < V)
@@ -131,7 +131,7 @@ def patch_embedding_kernel(
                 keep = keep & (token != padding_idx)
             count += keep.to(tl.int32)
             row = tl.load(weight_ptr + token * weight_stride + columns, mask=keep & (columns < D), other=0.0)
-            # at K = 1 the row itself: 0.0 + -0.0 would turn -0.0 into 0.0
+            # at K = 1 take the row itself: adding it to 0.0 would turn -0.0 into 0.0
             total = row.to(tl.float32) if SLOTS == 1 else total + row.to(tl.float32)
     if PADDING:
         total = total / tl.maximum(count, 1)
@@ -183,7 +183,7 @@ def patch_embedding_block_sums_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     begin = block * BLOCK_T
-    if tl.load(ordered_ptr + begin) == tl.load(ordered_ptr + begin + BLOCK_T - 1):  # one id throughout
+    if tl.load(ordered_ptr + begin) == tl.load(ordered_ptr + begin + BLOCK_T - 1):  # the whole block has one id
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _sum_tokens(
             grad_ptr,

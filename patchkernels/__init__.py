@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the model and the integrations when they are first asked for: the operators need none of them."""
+    """Imports the model and the integrations on first access, because the operators need none of them."""
     if name in ("PatchLM", "PatchLMConfig"):
         return getattr(importlib.import_module("patchkernels.model"), name)
     if name in ("hf", "reference", "torchtitan"):

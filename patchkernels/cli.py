@@ -25,7 +25,7 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Bad input is one line on stderr and exit code 1, or 2 where the command line itself is wrong."""
+    """Runs a command. Bad input exits with code 1 and one line on stderr, a malformed command line with code 2."""
     try:
         run(parse(arguments))
     except (ValueError, IndexError, OSError, RuntimeError) as error:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
-    """The settings of the command that the arguments name; None: the arguments of this process."""
+    """The settings of the command that the arguments name. None stands for the arguments of this process."""
     description = "Patch-level training of language models."
     return tyro.cli(Command, args=arguments, prog="patchkernels", description=description)
 

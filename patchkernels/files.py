@@ -12,8 +12,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     ``write`` is called with a temporary path in the same folder and writes the content there. The content is then
     flushed to the disk, and only after that is the temporary file renamed to ``path``, so that a crash of the process
-    or of the machine cannot leave an incomplete file behind. Whatever ``write`` raises is raised; the old file then
-    stays as it was, and the temporary one is removed.
+    or of the machine cannot leave an incomplete file behind. If ``write`` raises an exception, it is passed on, the old
+    file stays as it was, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

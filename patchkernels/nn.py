@@ -1,4 +1,4 @@
-"""The operators as modules: drop-in for ``nn.Embedding`` and for ``nn.Linear`` + ``F.cross_entropy``."""
+"""Modules of the operators: drop-in replacements for ``nn.Embedding`` and for ``nn.Linear`` + ``F.cross_entropy``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from patchkernels.ops.patch_embedding import patch_embedding
 class PatchEmbedding(nn.Embedding):
     r"""``out[..., p, :] = (1/K) sum_k weight[input_ids[..., p*K + k], :]``: an ``nn.Embedding`` that reads patches.
 
-    Same parameter, same ``state_dict``; at ``patch_size=1`` the same values, bit for bit. ``patch_size`` may be
-    changed at any time. Maps ids of shape ``(..., T)`` to ``(..., T / K, D)``; errors as :func:`patch_embedding`.
+    It has the parameter and the ``state_dict`` of ``nn.Embedding``, and at ``patch_size=1`` the same values, bit for
+    bit. ``patch_size`` may be changed at any time. Maps ids of shape ``(..., T)`` to ``(..., T / K, D)``. The errors
+    are those of :func:`patch_embedding`.
 
     Args:
         num_embeddings: V.
@@ -51,10 +52,10 @@ class PatchEmbedding(nn.Embedding):
 class PatchLMHead(nn.Linear):
     r"""``head(x) = x W^T + b``; ``head(x, target) = patch_cross_entropy(x W^T + b, target)`` without keeping logits.
 
-    Same parameters and ``state_dict`` as ``nn.Linear``, without a bias by default. Loss and logits both go through
-    ``forward``, so that module hooks (FSDP's, say) see them. Options of the loss and errors are those of
-    :func:`linear_patch_cross_entropy`. Pass ``target`` by keyword where torch's tensor parallel is to shard the head:
-    the hooks of its styles drop positional arguments after the first.
+    It has the parameters and the ``state_dict`` of ``nn.Linear``, without a bias by default. Loss and logits both go
+    through ``forward``, so that module hooks (FSDP's, say) see them. Options of the loss and errors are those of
+    :func:`linear_patch_cross_entropy`. If torch's tensor parallelism shards the head, pass ``target`` by keyword: its
+    hooks drop all positional arguments but the first.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class PatchLMHead(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
-        """Logits ``(..., V)`` without a target; with one, ``(..., K)`` or ``(...)``, the loss."""
+        """Returns logits ``(..., V)``, or the loss if there is a target ``(..., K)`` or ``(...)``."""
         if target is None:
             if options:
                 raise ValueError(f"options of the loss need a target, got {sorted(options)} without one")

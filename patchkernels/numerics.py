@@ -1,4 +1,4 @@
-"""What both backends and the operators share: the loss's options, dtypes of sums, range checks, the loss of a row."""
+"""Shared by the operators and both backends: options of the loss, dtypes of sums, range checks, the loss of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IGNORE_INDEX = -100  # the label of a position that has no target, as in torch.n
 
 
 class LossOptions(NamedTuple):
-    """What the loss of a row depends on, beside its logits and its targets."""
+    """The options on which the loss of a row depends, besides its logits and its targets."""
 
     ignore_index: int = IGNORE_INDEX
     label_smoothing: float = 0.0
@@ -20,7 +20,7 @@ class LossOptions(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over values of ``dtype`` are taken in: fp64 for fp64, fp32 for all others."""
+    """The dtype in which values of ``dtype`` are summed: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,9 +66,9 @@ def row_losses(
     vocab: int,
     options: LossOptions,
 ) -> Tensor:  # (N, K)
-    """``l = lse - (1 - e) z_t - e mean_v z_v + z_loss_weight lse^2``, from the statistics of a row.
+    """``l = lse - (1 - e) z_t - e mean_v z_v + z_loss_weight lse^2``, with ``e = label_smoothing``.
 
-    The loss of an ignored target is 0, that of a target outside [0, V) is NaN.
+    An ignored target has the loss 0, and a target outside [0, V) the loss NaN.
     """
     lse = lse.unsqueeze(1)
     losses = lse - (1 - options.label_smoothing) * picked

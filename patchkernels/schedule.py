@@ -1,11 +1,12 @@
 """Phases of a run, the steps that they take, and the learning rate over these steps.
 
-A phase reads a share lambda of the raw tokens in patches of K tokens. Against token-level training on the same tokens
-the phases cost (PatchTrain, arXiv 2407.12665, section 2)
+A phase reads a share lambda of the raw tokens in patches of K tokens. Relative to token-level training on the same
+tokens, the phases cost (PatchTrain, arXiv 2407.12665, section 2)
 
     cost = sum_i lambda_i / K_i
 
-TST (arXiv 2605.06546) counts shares r of the steps instead. At equal positions a step they are the shares of the data
+TST (arXiv 2605.06546) gives each phase a share r of the steps instead. If all steps have the same number of positions,
+the shares of the data are
 
     lambda_i = r_i K_i / sum_j r_j K_j
 """
@@ -32,13 +33,13 @@ class Phase:
 
 
 def parse_phases(text: str, shares_of: str = "data", convention: str = "positions") -> tuple[Phase, ...]:
-    """The phases that a text like ``"4:2/3,1:1/3"`` lists, each as patch size and share.
+    """Parses a list of phases such as ``"4:2/3,1:1/3"``, each a patch size and a share.
 
-    ``shares_of`` says whether the shares are those of the data (lambda) or of the steps (r). At equal raw tokens a step
-    (``convention="tokens"``) the two are the same.
+    ``shares_of`` says whether these are shares of the data (lambda) or of the steps (r). The two are the same if all
+    steps read the same number of raw tokens (``convention="tokens"``).
 
     Raises:
-        ValueError: the text is no list of phases, a patch size or a share is not positive, the shares do not add up
+        ValueError: the text is not a list of phases, a patch size or a share is not positive, the shares do not add up
             to 1, or ``shares_of`` is unknown.
     """
     if shares_of not in SHARES:
@@ -72,8 +73,8 @@ class Schedule:
     The text is cut into pieces of ``piece_tokens`` raw tokens, each a whole number of rows in every phase.
 
     Raises:
-        ValueError: an unknown convention, a number below 1, a context that K does not divide, pieces that are no whole
-            number of rows, or so few tokens that a phase has no step.
+        ValueError: an unknown convention, a number below 1, a context that K does not divide, pieces that are not a
+            whole number of rows, or so few tokens that a phase has no step.
     """
 
     phases: tuple[Phase, ...]
@@ -81,7 +82,7 @@ class Schedule:
     batch_size: int
     context: int
     convention: str = "positions"
-    piece_tokens: int = 0  # 0 is replaced by the smallest piece that is possible
+    piece_tokens: int = 0  # 0 stands for the smallest possible piece
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
@@ -118,7 +119,7 @@ class Schedule:
 
     @property
     def steps(self) -> list[int]:
-        """Optimizer steps of each phase. The step at which each phase ends is rounded, so that errors do not add up."""
+        """Optimizer steps of each phase. Rounding the phases' ends, not their lengths, keeps errors from adding up."""
         exact = [phase.share * self.total_tokens / (self.batch_size * self.row_tokens(phase)) for phase in self.phases]
         ends = [round(end) for end in accumulate(exact)]
         return [end - start for start, end in zip([0, *ends], ends)]
@@ -159,7 +160,7 @@ def cost_of(phases: tuple[Phase, ...]) -> float:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate of every step: warmup, then WSD (warmup, stable, decay) or cosine.
+    """The learning rate of every step: a linear warmup, then a constant with a linear decay ("wsd") or a cosine.
 
     With ``S`` steps, of which ``W = warmup S`` are warmup and ``D = decay S`` are decay, step ``s`` has
 
@@ -167,7 +168,7 @@ class LearningRate:
         "wsd":         peak min(1, (S - s) / D)
         "cosine":      peak (0.1 + 0.9 (1 + cos(pi (s - W) / (S - W))) / 2)
 
-    ``scope="run"`` counts the steps of the whole run, ``"phase"`` those of each phase anew.
+    ``scope="run"`` counts steps from the start of the run, ``"phase"`` from the start of each phase.
 
     Raises:
         ValueError: an unknown shape or scope, or a number out of range.

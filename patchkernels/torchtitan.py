@@ -1,11 +1,11 @@
-"""Patch training in torchtitan, as a module that its command line takes.
+"""Patch training in torchtitan, for the option ``--module`` of its command line.
 
     torchrun --nproc-per-node 8 -m torchtitan.train --module patchkernels.torchtitan --config llama3_debugmodel
 
 The configurations here are torchtitan's of the same names with three parts replaced. The token embedding averages ids
 that come as patches (B, P, K). The loss takes K targets for each row of logits where labels come as patches (B, P, K).
-And the Trainer makes its batches of patches in the steps of a patch phase. Parameters and their names stay, and so does
-everything else.
+And the Trainer makes batches of patches in the steps of a patch phase. Everything else, including parameters
+and their names, stays as it is.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class TitanPatchEmbedding(Embedding):  # type: ignore[misc]
 
 
 class TitanPatchCrossEntropy(CrossEntropyLoss):  # type: ignore[misc]
-    """The sum of the cross entropies of K targets with one row of logits for labels (B, P, K).
+    """For labels (B, P, K), the sum of the cross entropies of every row of logits with its K targets.
 
-    For labels (B, T) it is torchtitan's own loss.
+    For labels (B, T), torchtitan's own loss.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -91,11 +91,11 @@ class TitanPatchCrossEntropy(CrossEntropyLoss):  # type: ignore[misc]
 
 
 class TitanPatchTrainer(Trainer):  # type: ignore[misc]
-    """torchtitan's Trainer through the phases of a run; the phase depends on the number of the step alone.
+    """torchtitan's Trainer for a run in phases. The phase depends only on the number of the step.
 
-    A row of a patch step is K consecutive rows of the dataloader, so that it has as many positions in every phase.
-    Patch steps ignore where packed documents begin, because they do not begin on patch boundaries: attention reaches
-    from one document into the next.
+    A row of a patch step is K consecutive rows of the dataloader, so that rows have the same number of positions in
+    every phase. Patch steps ignore where packed documents begin, because they do not begin on patch boundaries:
+    attention reaches from one document into the next.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -135,7 +135,7 @@ def patch_size_at(phases: tuple[Phase, ...], steps: int, step: int) -> int:
 
 
 def patch_batch(batches: list[Batch]) -> Batch:
-    """Joins K batches to one whose rows are K rows long and cut into patches: ids and labels (B, P, K).
+    """Joins K batches into one whose rows are K rows long and cut into patches: ids and labels (B, P, K).
 
     A single batch is left as it is. torchtitan's labels are shifted, ``labels[i] = token[i + 1]``; they are shifted
     back here. The last patch of a row has no targets, since those lie outside of the row.
@@ -153,7 +153,7 @@ def patch_batch(batches: list[Batch]) -> Batch:
 
 
 def with_patches(config: Any) -> Any:
-    """A configuration of torchtitan's Trainer as one of :class:`TitanPatchTrainer`."""
+    """Turns a configuration of torchtitan's Trainer into one of :class:`TitanPatchTrainer`."""
     model = config.model_spec.model
     model.tok_embeddings = TitanPatchEmbedding.Config(**fields_of(model.tok_embeddings))
     config.loss = with_patch_loss(config.loss)
@@ -165,7 +165,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def with_patch_loss(loss: Any) -> Any:
-    """A configuration of torchtitan's cross entropy, in chunks or not, as one of :class:`TitanPatchCrossEntropy`.
+    """Turns a configuration of torchtitan's cross entropy, in chunks or not, into :class:`TitanPatchCrossEntropy`'s.
 
     Raises:
         ValueError: any other loss.
@@ -178,7 +178,7 @@ def with_patch_loss(loss: Any) -> Any:
 
 
 def patched(make_config: Callable[[], Any]) -> Callable[[], Any]:
-    """One of torchtitan's functions that return a configuration, with patches."""
+    """Wraps a function of torchtitan that returns a configuration: the result is with patches."""
 
     def configuration() -> Any:
         return with_patches(make_config())

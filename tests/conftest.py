@@ -1,4 +1,4 @@
-"""Settings of every test: where kernels run, memory that is never zero by chance, a fixed seed."""
+"""Settings of every test: Triton's interpreter without a GPU, memory that is never zero by chance, a fixed seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from checkout import leave_checkout
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, so it is set before they are
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined, so it is set before the import
 
 import patchkernels  # noqa: F401
 
@@ -18,7 +18,7 @@ leave_checkout()
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """``torch.empty`` is filled with NaN (or the largest integer), so that reading it before it is written shows."""
+    """``torch.empty`` is filled with NaN (or the largest integer), so that reading unwritten memory is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -31,7 +31,7 @@ def seeded():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Kernel blocks so small that small inputs are cut into several, the last of them not full."""
+    """Makes kernel blocks so small that small inputs are cut into several, of which the last is not full."""
     kernels = pytest.importorskip("patchkernels.kernels.cross_entropy")
     monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
     kernels = pytest.importorskip("patchkernels.kernels.patch_embedding")

@@ -37,7 +37,7 @@ def losses(output: str) -> list[float]:
 
 
 def original(source: str) -> str:
-    """The source before patch training: every line that ends with what it was before is that again."""
+    """The source before patch training: each line with a comment ``# was:`` is replaced by the text of that comment."""
     lines = []
     for line in source.splitlines():
         found = re.fullmatch(r"(\s*).*  # was: ?(.*?)(?:  # fmt.*)?", line)

@@ -1,4 +1,4 @@
-"""Someone's model with the operators' modules on several processes: every grouping of FSDP2, DDP, tensor parallel."""
+"""A user's model with our modules on several processes: every grouping of FSDP2, DDP and tensor parallel."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from patchkernels import PatchEmbedding, PatchLMHead, next_patch_targets
-from patchkernels.training.processes import whole
+from patchkernels.training.processes import full_tensor
 
 VOCAB, HIDDEN = 37, 8
 
 
 class Small(torch.nn.Module):
-    """Someone's model with the two operators' modules in it."""
+    """A user's model that contains our two modules."""
 
     def __init__(self, tied: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Small(torch.nn.Module):
 
 
 def group(model, name, embedding, block, norm, head, **policy):
-    """The ways in which users put modules into units; the rest is the root's."""
+    """Groups modules into FSDP units in the way called ``name``. All other modules belong to the root unit."""
     if name == "own units":
         for unit in (embedding, head, block):
             fully_shard(unit, **policy)
@@ -62,12 +62,12 @@ def gradients_of_one(model, step, batches):
 
 
 def largest_error(found, expected) -> float:
-    """Relative, over all gradients; NaN where one is."""
-    return max_of([relative_error(whole(a), b) for a, b in zip(found, expected, strict=True)])
+    """The largest relative error of all gradients; NaN if one of them holds NaN."""
+    return max_of([relative_error(full_tensor(a), b) for a, b in zip(found, expected, strict=True)])
 
 
 def max_of(errors) -> float:
-    """Unlike Python's ``max``, NaN where one is, so that every comparison fails."""
+    """The maximum. Unlike with Python's ``max`` it is NaN if one value is, so that every comparison fails."""
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
@@ -107,7 +107,7 @@ def check_groupings(folder):
                     ours = DistributedDataParallel(ours)
                 else:
                     group(ours, name, *parts)
-                for _ in range(2):  # a second step finds the units resharded
+                for _ in range(2):  # in the second step the units have been resharded
                     ours.zero_grad()
                     step(ours, batches[dist.get_rank()]).backward()
                 found = [parameter.grad for parameter in ours.parameters()]
@@ -118,12 +118,12 @@ def check_groupings(folder):
 
 
 def check_checkpoint(ours, model, folder):
-    """What two processes saved with DCP, one loads: weights and optimizer."""
+    """One process loads the weights and the optimizer that two processes saved with DCP."""
     optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1)
     optimizer.step()
     weights, moments = get_state_dict(ours, optimizer)
     state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    expected = {name: whole(p.detach()) for name, p in ours.named_parameters()}
+    expected = {name: full_tensor(p.detach()) for name, p in ours.named_parameters()}
     if dist.get_rank() == 0:
         alone = copy.deepcopy(model)
         other = torch.optim.AdamW(alone.parameters(), lr=0.1)
@@ -144,7 +144,7 @@ def test_groupings_of_fsdp2_ddp_and_dcp(tmp_path):
 
 
 def check_mixed_precision():
-    """bf16 parameters under FSDP2: the loss stays in fp32, and a count is not rounded to bf16 on its way."""
+    """bf16 parameters under FSDP2: the loss stays in fp32, and a count is not rounded to bf16."""
     import transformers
 
     from patchkernels import hf

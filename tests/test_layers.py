@@ -1,7 +1,7 @@
-"""The layers of the library: a module imports from lower layers and from its own folder, and nothing runs in circles.
+"""The layers of the library: a module imports from lower layers and from its own folder, without circles.
 
-The rule is read off the syntax trees, so imports inside functions and under ``TYPE_CHECKING`` count, and so do modules
-that are named by a string, as for ``importlib.import_module``.
+The rule is checked on the syntax trees. So imports inside functions and under ``TYPE_CHECKING`` count, and modules that
+are named by a string too, as for ``importlib.import_module``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LONGEST_FUNCTION = 60  # lines of code
 
 
 def sources() -> dict[str, str]:
-    """The text of every module by its dotted name; the package's own is ``patchkernels.__init__``."""
+    """The text of every module by its dotted name. That of the package itself is ``patchkernels.__init__``."""
     folders = {"patchkernels": CHECKOUT / "patchkernels", "patchkernels.kernels": CHECKOUT / "kernels"}
     found = {}
     for package, folder in folders.items():
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            if package != "patchkernels" or parts[0] != "kernels":  # a symlink to the folder that is read by itself
+            if package != "patchkernels" or parts[0] != "kernels":  # a symlink to a folder that is read separately
                 found[".".join((package, *parts))] = file.read_text(encoding="utf-8")
     return found
 
@@ -58,7 +58,7 @@ def imports(name: str, modules: dict[str, str]) -> set[str]:
 
 
 def resolve(text: str, modules: dict[str, str]) -> str | None:
-    """The module that a dotted name stands for, or whose member it is; None if it is none of the library's."""
+    """The library's module that a dotted name refers to, directly or by a member; None if there is no such module."""
     if text != "patchkernels" and not text.startswith("patchkernels."):
         return None
     parent = text.rpartition(".")[0]
@@ -66,8 +66,8 @@ def resolve(text: str, modules: dict[str, str]) -> str | None:
     return next((module for module in candidates if module in modules), None)
 
 
-def complaints(modules: dict[str, str]) -> list[str]:
-    """Imports that break the layer rule, and a circle if there is one."""
+def violations(modules: dict[str, str]) -> list[str]:
+    """A message for each import that breaks the layer rule, and for a circle if there is one."""
     graph = {name: imports(name, modules) for name in modules}
     found = []
     for name, imported in graph.items():
@@ -86,11 +86,11 @@ def complaints(modules: dict[str, str]) -> list[str]:
 def test_modules_import_from_lower_layers_and_not_in_circles():
     modules = sources()
     assert {name.split(".")[1] for name in modules} == LAYER_OF.keys()
-    assert complaints(modules) == []
+    assert violations(modules) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "complaint"),
+    ("name", "line", "violation"),
     [
         ("patchkernels.ops.targets", "from patchkernels.model.config import PatchLMConfig", "not of a lower layer"),
         ("patchkernels.eager.cross_entropy", "from patchkernels.data import corpus", "not of a lower layer"),
@@ -102,15 +102,15 @@ def test_modules_import_from_lower_layers_and_not_in_circles():
         ("patchkernels.ops.targets", "def f():\n    import patchkernels.ops.linear_patch_cross_entropy", "a circle"),
     ],
 )
-def test_a_forbidden_import_is_found(name, line, complaint):
+def test_a_forbidden_import_is_found(name, line, violation):
     modules = sources()
     modules[name] += f"\n{line}\n"
-    (found,) = complaints(modules)
-    assert complaint in found and name in found
+    (found,) = violations(modules)
+    assert violation in found and name in found
 
 
 def lines_of_code(text: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines that hold code: no docstring, no comment, no blank line."""
+    """The number of lines that hold code, without docstring, comments and blank lines."""
     first, *_ = function.body
     docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     skipped = set(range(first.lineno, (first.end_lineno or 0) + 1)) if docstring else set()
@@ -130,8 +130,8 @@ def test_no_function_is_longer_than_a_screen():
     assert len(lengths) > 200
 
 
-def test_files_have_one_place():
-    """What is fixed from outside: the symlink, and no module beside the folders that the layers name."""
+def test_every_module_belongs_to_a_layer():
+    """All modules in ``patchkernels`` belong to a layer, and there is no ``conftest.py`` in the root."""
     beside = {path.stem for path in (CHECKOUT / "patchkernels").glob("*.py")}
     assert beside <= LAYER_OF.keys()
     assert not list(Path(CHECKOUT).glob("conftest.py"))

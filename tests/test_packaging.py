@@ -1,4 +1,4 @@
-"""What pip installs: ours under its own names only, beside any other distribution, and quick to import.
+"""The installed package: it takes no name but its own, and is quick to import.
 
 The environments here are empty ones that borrow torch from the running interpreter, so nothing is downloaded.
 """
@@ -23,7 +23,7 @@ STAND_IN = "a stand-in for the distribution named kernels"
 
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> str:
-    """Output of a command that must succeed, run without this process's PYTHONPATH."""
+    """Runs a command that must succeed, without this process's PYTHONPATH, and returns its output."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environ
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
@@ -33,7 +33,7 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> str:
 
 
 class Environment:
-    """A virtual environment with nothing of its own but what ``pip`` puts there."""
+    """A virtual environment that holds nothing but the packages that ``pip`` puts there."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, symlinks=os.name == "posix")
@@ -43,7 +43,7 @@ class Environment:
 
     def pip(self, *arguments: str | Path) -> None:
         pip = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        run(*pip, cwd=self.folder, PYTHONPATH=os.pathsep.join(BORROWED))  # setuptools builds
+        run(*pip, cwd=self.folder, PYTHONPATH=os.pathsep.join(BORROWED))  # setuptools is needed to build
 
     def install(self, *what: str | Path) -> None:
         self.pip("install", "--ignore-installed", *NO_INDEX, *what)
@@ -52,7 +52,7 @@ class Environment:
         return run(self.python, "-c", code, cwd=self.folder)
 
     def borrow(self) -> Environment:
-        """Lets it import torch and the like, after its own: directories named in a .pth come last."""
+        """Lets the environment import torch and the like. Directories named in a .pth file come last."""
         (self.site / "borrowed.pth").write_text("\n".join(BORROWED))
         return self
 
@@ -65,7 +65,7 @@ def build_wheel(source: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built, for builds leave folders behind."""
+    """A copy of the files that are built, because builds leave folders behind."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CHECKOUT / name, folder)
@@ -147,7 +147,7 @@ def test_the_folder_in_a_checkout_refuses_to_be_kernels() -> None:
 
 
 def test_import_is_light() -> None:
-    """The one check of time in the suite: under 0.3 s of one core beyond ``import torch``, best of three."""
+    """Importing takes less than 0.3 s of one core beyond ``import torch``, best of three. No other test checks time."""
     code = """if True:
         import sys, time
         import torch

@@ -17,7 +17,7 @@ PAGES_WITH_PYTHON = [README, *(CHECKOUT / "docs" / f"{name}.md" for name in ("op
 
 
 def lines_of(text: str, language: str) -> list[str]:
-    """The lines of the blocks in a language where they stand in the text, and empty lines in place of all others."""
+    """The lines of the code blocks in a language. All other lines are replaced by empty ones, to keep line numbers."""
     lines, inside = [], False
     for line in text.splitlines():
         fence = line.startswith("```")

@@ -1,4 +1,4 @@
-"""The parts that go into torchtitan, on a CPU, where its Trainer does not run: against the reference, in fp64."""
+"""The parts for torchtitan against the reference in fp64, on a CPU, where torchtitan's Trainer does not run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def configuration(name):
-    """Two layers, with attention that has a backward on a CPU."""
+    """The model with two layers, and with attention that has a backward on a CPU."""
     config = MODELS[name]()
     config.model_spec.model.layers = config.model_spec.model.layers[:2]
     for layer in config.model_spec.model.layers:
@@ -61,7 +61,7 @@ def test_models_with_patches(name, size):
     loss_fn = config.loss.loss_fn.build()
     loss, _ = loss_fn(model(batch["input"], positions=positions), labels, (labels != -100).sum())
     loss.backward()
-    # by hand: K rows one after the other, whose labels are the next ids but at each row's end
+    # the expected loss: K rows laid end to end, each label being the next id of its own row
     ids = torch.cat([part for _, part in stream]) if size == 1 else rows[:, :-1].reshape(2, -1)
     if size == 1:
         logits = own(rows[:, :-1])
@@ -70,21 +70,21 @@ def test_models_with_patches(name, size):
         following = rows[:, 1:].reshape(2, -1)
         unshifted = torch.cat([torch.full((2, 1), -100), following[:, :-1]], 1)
         embedding = own.tok_embeddings
-        own.tok_embeddings = torch.nn.Identity()  # torchtitan's own embedding, averaged outside
+        own.tok_embeddings = torch.nn.Identity()  # torchtitan's own embedding is averaged outside of the model
         means = embedding(ids).unflatten(1, (-1, size)).mean(2)
         logits = own(means, positions=positions)
         expected = reference.patch_cross_entropy(logits, next_patch_targets(unshifted, size))
     expected.backward()
-    assert relative_error(loss, expected) < 1e-6 * exactness  # torchtitan's loss of tokens is in fp32
+    assert relative_error(loss, expected) < 1e-6 * exactness  # torchtitan's token-level loss is in fp32
     ours = dict(model.named_parameters())
     total = torch.stack([p.grad.norm() for p in own.parameters() if p.grad is not None]).norm()
     for key, parameter in own.named_parameters():
-        if parameter.grad is None:  # an expert that no position went to
+        if parameter.grad is None:  # an expert that no position was routed to
             assert ours[key].grad is None
             continue
         key = key if key in ours else "tok_embeddings.weight"  # tied
         error = float((ours[key].grad - parameter.grad).norm())
-        # in fp32 of all gradients: those of experts are small differences
+        # in fp32 relative to all gradients, since those of experts are small differences
         assert error <= 1e-5 * float(parameter.grad.norm() if dense else total), key
     if size > 1:
         assert relative_error(model.tok_embeddings.weight.grad, embedding.weight.grad) < (1e-9 if dense else 1e-5)
@@ -152,7 +152,7 @@ def test_batches_of_each_phase_also_from_the_middle(monkeypatch):
     whole = shapes(1, rows)
     assert [entry[0] for entry in whole] == [(2, 4, 4)] * 2 + [(2, 4, 2)] * 2 + [(2, 4)] * 2
     assert [entry[2] for entry in whole] == [0, 4, 8, 10, 12, 13]
-    for first, read in ((2, 4), (3, 8), (5, 12)):  # the dataloader goes on where it was
+    for first, read in ((2, 4), (3, 8), (5, 12)):  # the dataloader continues where it was
         assert shapes(first, rows[read:]) == whole[first - 1 :]
 
 

@@ -1,8 +1,8 @@
-"""Which tokens a step reads. It depends on the step alone, so that a resumed run needs no position in the data.
+"""The tokens that each step reads. They depend on the step alone, so a resumed run needs no position in the data.
 
 The text is cut into pieces of equal length, each a whole number of rows in every phase. Every epoch reads the pieces in
-a new random order. A phase takes the next so many pieces of that order, cuts each into its rows and reads those rows in
-a random order of its own. So each token is read once an epoch, whatever the phases are.
+a new random order. A phase takes as many of the next pieces as it needs, cuts each into rows, and reads the rows in a
+random order of its own. So each token is read once per epoch, whatever the phases are.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ROWS_OF_PHASE = 1
 class Batches:
     """The rows of a token stream that each step of a schedule reads.
 
-    Of several processes, the one of rank r reads rows r, r + ``world_size``, ... of every batch.
+    The process of rank r reads the rows r, r + ``world_size``, ... of every batch.
 
     Raises:
-        ValueError: fewer tokens than a piece has, a batch that the processes cannot share equally.
+        ValueError: there are fewer tokens than a piece has, or the processes cannot share a batch equally.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Batches:
         self.rank, self.world_size = rank, world_size
 
     def row_starts(self, step: int) -> list[int]:
-        """Where in the stream each of this process's rows begins."""
+        """The positions in the stream at which this process's rows of a step begin."""
         schedule = self.schedule
         phase_index, step_of_phase = schedule.locate(step)
         row_tokens = schedule.row_tokens(schedule.phases[phase_index])
@@ -62,7 +62,7 @@ class Batches:
         return starts
 
     def _pieces_before(self, phase_index: int) -> int:
-        """How many pieces the phases before this one take; a piece of which they read a part counts as taken."""
+        """The number of pieces that earlier phases take. A piece that a phase reads only in part counts as taken."""
         schedule = self.schedule
         return sum(
             -(-steps * schedule.batch_size * schedule.row_tokens(phase) // schedule.piece_tokens)
@@ -70,12 +70,12 @@ class Batches:
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``input_ids (B, T)``, ``labels (B, T)`` and, where documents are packed, ``document_ids (B, T)``."""
+        """``input_ids (B, T)``, ``labels (B, T)`` and, if documents are packed, ``document_ids (B, T)``."""
         phase = self.schedule.phases[self.schedule.locate(step)[0]]
         return read_rows(self.tokens, self.row_starts(step), self.schedule.row_tokens(phase), self.packed)
 
 
-# A step uses one order of rows and one or two of pieces; the next phase's order of rows is the fourth.
+# A step uses one order of rows and one or two orders of pieces. The fourth entry is for the next phase's rows.
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, kind: int, index: int, length: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, kind, index]).permutation(length)
@@ -84,15 +84,15 @@ def _permutation(seed: int, kind: int, index: int, length: int) -> npt.NDArray[n
 def read_rows(tokens: Tokens, starts: list[int], length: int, packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """``input_ids``, ``labels`` and ``document_ids`` of rows of ``length`` tokens, each ``(len(starts), length)``.
 
-    Without ``packed`` the labels are the ids and there are no document ids. With it, the padding after the end-of-text
-    that closes a document is ignored in the labels.
+    Without ``packed`` the labels are the ids and there are no document ids. With it, the labels
+    of the padding after a document's end-of-text are ``IGNORE_INDEX``.
     """
     ids = torch.from_numpy(np.stack([tokens.ids[start : start + length] for start in starts]).astype(np.int64))
     if not packed:
         return ids, ids, None
-    places = np.asarray(starts)[:, None] + np.arange(length)  # of the rows' tokens in the stream
+    places = np.asarray(starts)[:, None] + np.arange(length)  # positions of the rows' tokens in the stream
     document_ids = torch.from_numpy(np.searchsorted(tokens.document_starts, places, "right"))
-    end_of_text = int(tokens.ids[-1])  # the last document, like every other, is closed by it
+    end_of_text = int(tokens.ids[-1])  # every document is closed by it, so the stream ends with it
     previous = np.stack([tokens.ids[np.maximum(row - 1, 0)] for row in places]).astype(np.int64)
     repeated = (ids == end_of_text) & (torch.from_numpy(previous) == end_of_text)
     begins = torch.from_numpy(np.isin(places, tokens.document_starts))  # an empty document begins with end-of-text
@@ -100,12 +100,12 @@ def read_rows(tokens: Tokens, starts: list[int], length: int, packed: bool) -> t
 
 
 def validation_rows(tokens: Tokens, context: int, most: int) -> list[int]:
-    """Where at most ``most`` rows of ``context`` tokens begin, spread evenly over the held-out stream.
+    """The positions where at most ``most`` rows of ``context`` tokens begin, spread evenly over the held-out stream.
 
-    They are the same in every phase, because the validation loss is always that of single tokens.
+    The rows are the same in every phase, because the validation loss is always token-level.
 
     Raises:
-        ValueError: a stream shorter than one row.
+        ValueError: the stream is shorter than one row.
     """
     rows = len(tokens) // context
     if rows < 1:

@@ -1,6 +1,7 @@
 """A corpus as tokens: held-out split, tokenizer and two memory-mapped streams of ids, cached by content and settings.
 
-documents -> training and held-out documents -> a BPE of the training documents -> ids, each closed by end-of-text
+documents -> training and held-out documents -> BPE of the training documents -> ids, each document closed by
+end-of-text
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("patchkernels")
 
-FORMAT = 2  # of the cache folder; a new number makes every cache anew
+FORMAT = 2  # version of the cache folder's format; after a change every corpus is tokenized again
 DOCUMENTS_ENCODED_AT_ONCE = 256
 STREAMS = ("train", "validation")
 
@@ -47,21 +48,22 @@ class DataConfig:
     files are skipped), a .jsonl or .parquet file or a folder of them (each row is a document), or the name of a dataset
     on the Hugging Face hub. None: the source text of the running Python's standard library."""
     text_field: str = "text"
-    """The column of JSONL, Parquet and hub datasets that holds the text. A column named "path", if there is one, says
-    which file a row was made of."""
+    """The column of JSONL, Parquet and hub datasets that holds the text. A column named "path", if there is one, names
+    the file that a row comes from."""
     endings: tuple[str, ...] = ()
-    """Of a folder, read only the files whose names end with one of these (.py .md). Empty: all files."""
+    """Endings of the names of the files that are read from a folder, such as .py .md. Empty: all files."""
     tokenizer: str | None = None
     """A tokenizer.json, or a folder that holds one. None: a byte-level BPE is trained on the training documents."""
     vocab_size: int | None = None
-    """The number of tokens of the BPE that is trained. None: 4096, or that of an experiment's budget."""
+    """Size of the vocabulary of the BPE that is trained. None: 4096, or in an experiment that of its budget."""
     validation_fraction: float = 0.05
-    """The share of the documents that is held out. They are chosen by a hash of their file's name, or of their content
-    where they are not files, so that copies of one file are on the same side."""
+    """Share of the documents that is held out. They are chosen by a hash of their file's name, or of their content if
+    they come from no file, so that all copies of one file are held out or none is."""
     cache_dir: str | None = None
     """The folder that keeps the tokens for later runs. None: patchkernels/ in the user's cache folder."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ``ValueError`` for a setting out of its range."""
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         if self.vocab_size is not None and self.vocab_size < 257:
@@ -90,13 +92,13 @@ class Corpus:
     vocab_size: int
     end_of_text: int
     bytes_per_token: float  # of the validation text
-    origin: str  # what a report calls the source
-    documents: dict[str, int]  # how many there are in "train" and in "validation"
+    origin: str  # name of the source in reports
+    documents: dict[str, int]  # number of documents in "train" and in "validation"
     digest: str
 
 
 Counts = npt.NDArray[np.int64]  # a number for every document, in the order of the source
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how many (0: not known)
+Progress = Callable[[str, int, int], None]  # current activity, number of items done, and in all (0: unknown)
 
 
 def _no_progress(what: str, done: int, total: int) -> None:
@@ -106,20 +108,21 @@ def _no_progress(what: str, done: int, total: int) -> None:
 def prepare(config: DataConfig, progress: Progress = _no_progress, *, document_multiple: int = 1) -> Corpus:
     """The corpus of ``config``: from the cache if it is there, else read, tokenized and cached.
 
-    A cache folder is complete or absent, because it is written under another name and then renamed. One that was
-    damaged later is made anew, with a warning.
+    A cache folder is complete or absent, because it is written under another name and then renamed. If one was damaged
+    later, a warning is logged and it is made again.
 
     Args:
-        progress: is called with what is being done, for a progress bar.
-        document_multiple: every document is padded with end-of-text to a multiple of so many tokens, so that packed
+        progress: called with the current activity, for a progress bar.
+        document_multiple: every document is padded with end-of-text to a multiple of this many tokens, so that packed
             documents begin on patch boundaries.
 
     Raises:
         FileNotFoundError: no such file or folder, and no dataset of that name.
         ValueError: no text, too few documents for a held-out split, a missing column, an unusable tokenizer,
             ``document_multiple`` below 1.
-        OSError: a cache folder that cannot be written.
+        OSError: the cache folder cannot be written.
     """
+    config.check()
     if document_multiple < 1:
         raise ValueError(f"document_multiple must be at least 1, got {document_multiple}")
     cache = _cache_folder(config)
@@ -153,7 +156,7 @@ def _cache_folder(config: DataConfig) -> Path:
 
 
 def _digest(config: DataConfig, source: Source, document_multiple: int) -> str:
-    """A name for everything that decides the tokens."""
+    """A hash of everything that the tokens depend on."""
     tokenizer: str | int = config.vocab_size or DEFAULT_VOCAB_SIZE
     if config.tokenizer:
         tokenizer = file_digest(find_tokenizer(config.tokenizer))
@@ -168,13 +171,13 @@ class _Split(NamedTuple):
     held_out: set[int]  # the indices of the documents for validation
 
     def indices(self, stream: str) -> list[int]:
-        """The documents of a stream in the order of their hash: a shuffle that is always the same."""
+        """The indices of a stream's documents in the order of their hash: a shuffle that is always the same."""
         chosen = (i for i in range(len(self.digests)) if (i in self.held_out) == (stream == "validation"))
         return sorted(chosen, key=self.digests.__getitem__)
 
 
 def _write(folder: Path, config: DataConfig, source: Source, document_multiple: int, progress: Progress) -> None:
-    """Fills the cache folder with all that :func:`_open` reads."""
+    """Fills the cache folder with everything that :func:`_open` reads."""
     progress("reading", 0, 0)
     source.load(folder / "arrow")
     split = _split(source, config, progress)
@@ -190,7 +193,7 @@ def _write(folder: Path, config: DataConfig, source: Source, document_multiple: 
     order = {stream: split.indices(stream) for stream in STREAMS}
     token_counts, byte_counts = _encode(folder / "source.bin", source, encode, dtype, len(split.digests), progress)
     _write_streams(folder, order, token_counts, dtype)
-    shutil.rmtree(folder / "arrow", ignore_errors=True)  # absent where the source is text files or on the hub
+    shutil.rmtree(folder / "arrow", ignore_errors=True)  # absent if the source is text files or on the hub
     tokens = {stream: int(token_counts[order[stream]].sum()) for stream in STREAMS}
     meta = {
         "tokens": tokens,
@@ -222,7 +225,7 @@ def _split(source: Source, config: DataConfig, progress: Progress) -> _Split:
 
 
 def _is_held_out(key: bytes, fraction: float) -> bool:
-    """True for that fraction of all keys. It depends on the key alone, so that equal keys are on one side."""
+    """True for about that fraction of all keys. It depends on the key alone, so that equal keys stay together."""
     return int.from_bytes(key[:8], "big") < fraction * 2**64
 
 
@@ -244,7 +247,7 @@ def _encode(
     total: int,
     progress: Progress,
 ) -> tuple[Counts, Counts]:
-    """Writes the ids of all ``total`` documents to ``file``; how many tokens, and how many bytes, each document has."""
+    """Writes the ids of all ``total`` documents to ``file``, and returns each document's number of tokens and bytes."""
     token_counts, byte_counts = np.zeros(total, np.int64), np.zeros(total, np.int64)
     with open(file, "wb") as stream:
         for first, texts in _batches(document.text for document in source.documents()):
@@ -256,7 +259,7 @@ def _encode(
 
 
 def _write_streams(folder: Path, order: dict[str, list[int]], token_counts: Counts, dtype: np.dtype[Any]) -> None:
-    """Deals the documents of ``source.bin`` out to the streams, each with an index of where its documents begin."""
+    """Splits ``source.bin`` into the two streams, and writes for each the positions at which its documents begin."""
     source_ids = np.memmap(folder / "source.bin", dtype, "r")
     offsets = np.concatenate([[0], np.cumsum(token_counts)])
     for stream, indices in order.items():
@@ -270,14 +273,14 @@ def _write_streams(folder: Path, order: dict[str, list[int]], token_counts: Coun
 
 
 def pack(documents: Iterable[list[int]], end_of_text: int, multiple: int) -> Iterator[list[int]]:
-    """Each document closed by end-of-text, and padded with more of it to a multiple of so many tokens."""
+    """Closes each document with end-of-text, repeated until the length is a multiple of ``multiple``."""
     for ids in documents:
         length = len(ids) + 1
         yield [*ids, *[end_of_text] * (1 + -length % multiple)]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Texts to encode in one call, with the index of the first of them."""
+    """Groups the texts that are encoded in one call, each group with the index of its first text."""
     batch: list[str] = []
     first = 0
     for text in texts:

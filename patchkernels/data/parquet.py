@@ -1,4 +1,4 @@
-"""A corpus in one file: the text of any source, or so many megabytes of it, as compressed Parquet."""
+"""A corpus in one file: the text of any source, or a part of it, as compressed Parquet."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 from patchkernels.data.sources import ORIGIN_METADATA, PATH_COLUMN, Source, find_source
 from patchkernels.files import replace_file
 
-ROW_GROUP_BYTES = 2**25  # of text that is compressed together; more compresses better and takes more memory
+ROW_GROUP_BYTES = 2**25  # of text compressed together: a larger group compresses better, but takes more memory
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Packs the text of any source into one compressed Parquet file, which --data.path of a run then takes."""
+    """Packs the text of any source into one compressed Parquet file, to be used as --data.path of a run."""
 
     out: str
     """The file to write. Its name must end in .parquet."""
@@ -25,15 +25,15 @@ class CorpusConfig:
     """The text, as in --data.path of a run: a file, a folder, or the name of a dataset on the Hugging Face hub. None:
     the source text of the running Python's standard library."""
     text_field: str = "text"
-    """The column of JSONL, Parquet and hub datasets that holds the text. A column named "path", if there is one, says
-    which file a row was made of."""
+    """The column of JSONL, Parquet and hub datasets that holds the text. A column named "path", if there is one, names
+    the file that a row comes from."""
     endings: tuple[str, ...] = ()
-    """Of a folder, read only the files whose names end with one of these (.py .md). Empty: all files."""
+    """Endings of the names of the files that are read from a folder, such as .py .md. Empty: all files."""
     megabytes: float | None = None
-    """Pack at most so many million bytes of text: documents from all over the source, chosen by a hash of their
-    content. None: all of them."""
+    """Pack at most this many million bytes of text. The documents come from all over the source, chosen by a hash of
+    their content. None: all documents."""
     origin: str | None = None
-    """What reports call the corpus, best with a version. None: the name of the path."""
+    """Name of the corpus in reports, preferably with a version. None: the name of the path."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix != ".parquet":
@@ -43,28 +43,28 @@ class CorpusConfig:
 
 
 class PackedCorpus(NamedTuple):
-    """What a packed file holds."""
+    """A summary of a packed file."""
 
     origin: str
     documents: int
     text_bytes: int
     file_bytes: int  # compressed
-    endings: dict[str, int]  # bytes of text by the ending of the document's path, the most first
+    endings: dict[str, int]  # bytes of text by the ending of the documents' paths, largest first
 
 
 class _Summary(NamedTuple):
-    """What is remembered of a document between the first reading and the second."""
+    """The properties of a document that are kept between the first and the second reading of the source."""
 
     ending: str
     text_bytes: int
 
 
 def pack_corpus(config: CorpusConfig) -> PackedCorpus:
-    """Writes the file, whole or not at all, and returns what it holds.
+    """Writes the file, whole or not at all, and returns a summary of it.
 
     Raises:
-        FileNotFoundError, ValueError: those of :func:`patchkernels.data.sources.find_source`; no text; no document as
-            small as ``megabytes``.
+        FileNotFoundError, ValueError: as :func:`patchkernels.data.sources.find_source`; also if there is no text, or no
+            document that fits into ``megabytes``.
     """
     out = Path(config.out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def pack_corpus(config: CorpusConfig) -> PackedCorpus:
 
 
 def _choose(found: dict[bytes, _Summary], most_bytes: float) -> dict[bytes, _Summary]:
-    """Documents of at most so many bytes together: in the order of their hash, each that still fits."""
+    """Takes the documents in the order of their hash, each that still fits into ``most_bytes`` in all."""
     chosen, left = set(), most_bytes
     for digest in sorted(found):
         if found[digest].text_bytes <= left:
@@ -103,7 +103,7 @@ def _choose(found: dict[bytes, _Summary], most_bytes: float) -> dict[bytes, _Sum
 
 
 def _write_parquet(file: Path, source: Source, chosen: dict[bytes, _Summary], origin: str) -> None:
-    """Writes the chosen documents in the order of the source: files of one directory are alike and compress well."""
+    """Writes the chosen documents in the order of the source, where neighbours are alike and compress well."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -127,7 +127,7 @@ def _write_parquet(file: Path, source: Source, chosen: dict[bytes, _Summary], or
 
 
 def print_corpus(config: CorpusConfig) -> None:
-    """The command ``patchkernels corpus``: packs the corpus and prints what the file holds."""
+    """The command ``patchkernels corpus``: packs the corpus and prints a summary of the file."""
     packed = pack_corpus(config)
     text, file = packed.text_bytes / 1e6, packed.file_bytes / 1e6
     print(

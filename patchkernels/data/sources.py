@@ -2,13 +2,13 @@
 
 :func:`find_source` decides which kind of source a path is:
 
-    no path                               StandardLibrary   a document a source file
-    a folder of text files                TextFiles         a document a file
-    a text file                           Paragraphs        a document a paragraph
-    a JSONL or Parquet file, or a folder  RowFiles          a document a row
-    anything else                         HubDataset        a document a row
+    no path                               StandardLibrary   one document per source file
+    a folder of text files                TextFiles         one document per file
+    a text file                           Paragraphs        one document per paragraph
+    a JSONL or Parquet file, or a folder  RowFiles          one document per row
+    anything else                         HubDataset        one document per row
 
-Every source gives each content once.
+If several documents of a source have the same text, only the first is used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # file ending to loader of `datasets`
 ROWS_READ_AT_ONCE = 256
-PATH_COLUMN = "path"  # the column that tells the files apart which rows were made of
-ORIGIN_METADATA = b"patchkernels.origin"  # the key in a Parquet file's metadata under which its origin stands
-COMMON_NAME_DOCUMENTS = 20  # a name of at most so many documents always means copies of one file
+PATH_COLUMN = "path"  # the column that names the file that a row comes from
+ORIGIN_METADATA = b"patchkernels.origin"  # the key of the origin in a Parquet file's metadata
+COMMON_NAME_DOCUMENTS = 20  # up to this many documents of one name always count as copies of one file
 
 
 class Document(NamedTuple):
     text: str
-    path: str | None  # within the source; None for a paragraph, and for a row without a path
+    path: str | None  # within the source; None for paragraphs and for rows without a path
 
     @property
     def digest(self) -> bytes:
@@ -40,12 +40,12 @@ class Document(NamedTuple):
 
 
 def split_keys(paths: list[str | None], digests: list[bytes]) -> list[bytes]:
-    """A key for each document: documents of equal keys must be on one side of the held-out split.
+    """A key for each document. Documents with equal keys must be on the same side of the held-out split.
 
-    Files of one name have one key, so that a file that was copied and edited, alone or with its directory, is on the
-    side of its original. A name like Makefile, of more than 20 documents and more than 1 % of all, says little about
-    the content: there the name of the directory is part of the key. The key of a document without a path is its
-    content. Where all documents would have one key, the contents are the keys.
+    Files of the same name share a key, so that an edited copy of a file or of its whole directory is on the side of
+    its original. A name like Makefile, which more than 20 documents and more than 1 % of all have, says little about
+    the content; its key therefore includes the name of the directory. A document without a path has its content's hash
+    as its key. So have all documents if they would otherwise share a single key.
     """
     count = Counter(PurePosixPath(path).name for path in paths if path is not None)
     common = max(COMMON_NAME_DOCUMENTS, len(paths) // 100)
@@ -61,27 +61,27 @@ def split_keys(paths: list[str | None], digests: list[bytes]) -> list[bytes]:
 
 
 class Source(ABC):
-    """Documents in an order that never changes. ``digest`` names their content."""
+    """A source of documents, in an order that never changes. ``digest`` identifies their content."""
 
     digest: str
 
     @property
     @abstractmethod
     def origin(self) -> str:
-        """What a report calls the source, with a version if one is known."""
+        """The name of the source in reports, with a version if one is known."""
 
     def load(self, arrow: Path) -> None:  # noqa: B027  (files of text need no preparation)
         """Prepares the documents for reading; must be called before :meth:`documents`.
 
         Rows and paragraphs are converted to Arrow files in the folder ``arrow`` and read from there, so that they are
-        never in memory as a whole.
+        never in memory all at once.
 
         Raises:
-            ValueError: a file that is damaged or holds no text, a column that is missing.
+            ValueError: a file is damaged or holds no text, or a column is missing.
         """
 
     def documents(self) -> Iterator[Document]:
-        """The documents that hold more than white space; of documents with the same text the first alone."""
+        """The documents that hold more than white space. Of several with the same text only the first is given."""
         seen = set()
         for document in self._documents():
             if document.text.strip() and (digest := document.digest) not in seen:
@@ -90,7 +90,7 @@ class Source(ABC):
 
     @abstractmethod
     def _documents(self) -> Iterator[Document]:
-        """The documents as they come."""
+        """All documents, also empty ones and duplicates."""
 
 
 def find_source(path: str | None, text_field: str, endings: tuple[str, ...] = ()) -> Source:
@@ -98,11 +98,11 @@ def find_source(path: str | None, text_field: str, endings: tuple[str, ...] = ()
 
     Args:
         text_field: the column that holds the text, where the source has columns.
-        endings: of a folder only the files that end with one of these are read; empty for all.
+        endings: only files whose names end with one of these are read from a folder; empty means all files.
 
     Raises:
         FileNotFoundError: no such file or folder, and no dataset of that name.
-        ValueError: a folder without any file of the wanted endings.
+        ValueError: no file of the folder has one of the endings.
     """
     if path is None:
         return StandardLibrary()
@@ -126,7 +126,7 @@ def find_source(path: str | None, text_field: str, endings: tuple[str, ...] = ()
 
 
 class TextFiles(Source):
-    """The files of a folder, a document each. Files that are not UTF-8 text are passed over."""
+    """The files of a folder, one document per file. Files that are not UTF-8 text are skipped."""
 
     def __init__(self, path: str, files: list[Path], root: Path) -> None:
         self.path, self.files, self.root = path, files, root
@@ -154,7 +154,7 @@ class StandardLibrary(TextFiles):
 
 
 class Rows(Source):
-    """The rows of a dataset, a document each: one column holds its text, another, if there is one, its path."""
+    """The rows of a dataset, one document per row. One column holds the texts; another may hold their paths."""
 
     def __init__(self, path: str, text_field: str) -> None:
         self.path, self.text_field = path, text_field
@@ -183,7 +183,7 @@ class Rows(Source):
 
 
 class RowFiles(Rows):
-    """The rows of JSONL or Parquet files, whatever else lies in their folder."""
+    """The rows of JSONL or Parquet files. Other files in their folder are ignored."""
 
     def __init__(self, path: str, files: list[Path], root: Path, endings: set[str], text_field: str) -> None:
         super().__init__(path, text_field)
@@ -207,7 +207,7 @@ class RowFiles(Rows):
 
 
 class Paragraphs(Rows):
-    """The paragraphs of one text file, which blank lines part."""
+    """The paragraphs of one text file, which are separated by blank lines."""
 
     def __init__(self, path: str, file: Path) -> None:
         super().__init__(path, text_field="text")  # the column that `datasets` reads text into
@@ -265,16 +265,16 @@ def _load_from_hub(name: str) -> Any:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Its files in all depths, sorted, without links, hidden files and what hidden folders hold."""
+    """All files below the folder, sorted, except links, hidden files and the contents of hidden folders."""
     shown = (path for path in folder.rglob("*") if "/." not in f"/{path.relative_to(folder).as_posix()}")
     return sorted(path for path in shown if path.is_file() and not path.is_symlink())
 
 
 def _row_endings(files: list[Path]) -> set[str]:
-    """The endings of the files that hold rows; empty where the files are texts.
+    """The endings of the files whose rows are the documents; empty if each file is a text of its own.
 
-    If there is Parquet or JSONL, its rows are the documents and what lies beside it is not. A .json file holds rows
-    only if every file is JSON; among texts it is a text like them.
+    If there are Parquet or JSONL files, their rows are the documents and all other files are ignored. A .json file
+    counts as rows only if all files are JSON; among other files it is a text like them.
     """
     endings = {file.suffix for file in files}
     if endings <= {".json", ".jsonl"}:

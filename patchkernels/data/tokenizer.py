@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: trained or read from a file, with the token that ends a document, and saved for use."""
+"""The tokenizer of a corpus: training, loading, finding the token that ends a document, and saving for a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DEFAULT_VOCAB_SIZE = 4096
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")  # what tokenizers call it
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")  # its names in common tokenizers
 
 
 def find_tokenizer(path: str) -> Path:
@@ -62,7 +62,8 @@ def load_tokenizer(file: Path) -> tuple[Tokenizer, int]:
 def save_tokenizer(file: Path, folder: Path, max_length: int) -> None:
     """Copies the tokenizer in ``file`` into a model's folder, so that transformers' ``AutoTokenizer`` loads it there.
 
-    ``max_length`` is how many tokens the model can read; end-of-text is also the token that begins a text.
+    ``max_length`` is the number of tokens that the model can read. End-of-text also serves as the token that begins a
+    text.
     """
     tokenizer, end_of_text = load_tokenizer(file)
     name = tokenizer.id_to_token(end_of_text)

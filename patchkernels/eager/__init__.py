@@ -1,4 +1,4 @@
-"""The operators' arithmetic in plain PyTorch: what runs on CPUs, and in fp64.
+"""The operators' arithmetic in plain PyTorch: the backend for CPUs and for fp64.
 
-Every module holds the functions of the module of the same name in :mod:`patchkernels.kernels`.
+Every module has the same functions as the module of the same name in :mod:`patchkernels.kernels`.
 """

@@ -1,9 +1,9 @@
-"""K-token cross entropy in plain PyTorch: the V-sized work is done once a row, whatever K is.
+"""K-token cross entropy in plain PyTorch: the work of size V is done once per row, whatever K is.
 
     l[n, k]  = lse_n - z[n, t_nk]
     dz[n, :] = (sum_k c_nk) softmax(z_n) - sum_k c_nk onehot(t_nk)
 
-Statistics and gradients are formed in fp32 (fp64 for fp64), a chunk of rows or a slice of the vocabulary at a time.
+Statistics and gradients are computed in fp32 (fp64 for fp64), one chunk of rows or slice of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "slice_statistics_",
 ]
 
-CHUNK_BYTES = 2**24  # the most fp32 logits, in bytes, that `loss` and `logits_gradient` hold at a time
+CHUNK_BYTES = 2**24  # the most bytes of fp32 logits that `loss` and `logits_gradient` hold at a time
 
 
 def loss(
@@ -32,7 +32,7 @@ def loss(
     target: Tensor,  # (N, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
-    """Losses and log-sum-exp of logits, which are not written."""
+    """Losses and log-sum-exp. The logits stay unchanged."""
     dtype = accumulation_dtype(logits.dtype)
     losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
     lse = torch.empty(len(target), dtype=dtype, device=logits.device)
@@ -48,7 +48,7 @@ def logits_gradient(
     lse: Tensor,  # (N)
     options: LossOptions,
 ) -> Tensor:  # (N, V)
-    """dlogits, in the dtype of the logits, which are not written."""
+    """dlogits, in the dtype of the logits, which stay unchanged."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for chunk in _chunks(logits):
         p = logits[chunk].to(accumulation_dtype(logits.dtype), copy=True)
@@ -80,7 +80,7 @@ def slice_statistics_(
     *,
     keep_logits: bool,
 ) -> None:
-    """Continues the statistics of the rows over some more of their classes.
+    """Updates the statistics of the rows with the logits of more classes.
 
     Without ``keep_logits`` the logits may be overwritten.
     """
@@ -121,7 +121,7 @@ def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
 
 
 def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
-    """Bytes needed for a logit of a slice: the logit, fp32 copies if it has 16 bits, as much again for a soft cap."""
+    """Bytes needed per logit of a slice: itself, 8 for fp32 copies if it has 16 bits, twice the sum with a soft cap."""
     size = dtype.itemsize + (8 if dtype.itemsize == 2 else 0)
     return size if options.softcap is None else 2 * size
 
@@ -136,7 +136,7 @@ def _softmax_(
     target: Tensor,  # (n, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # l (n, K), lse (n), slope of the soft cap (n, V)
-    """Losses and log-sum-exp; the logits become their softmax in place."""
+    """Losses and log-sum-exp. Overwrites the logits with their softmax."""
     slope = None if options.softcap is None else _cap_(z, options.softcap)
     picked = z.gather(1, target.clamp(0, z.shape[1] - 1).long())
     largest = z.amax(1)
@@ -164,7 +164,10 @@ def _softmax_to_gradient_(
     first: int = 0,
     vocab: int | None = None,  # None: ``p`` holds all classes
 ) -> Tensor:  # (n, v)
-    """``dz = (sum_k c_k) p (1 + 2 z_loss lse) - (1-e) sum_k c_k onehot(t_k) - e/V sum_k c_k``, in place of ``p``."""
+    """``dz = slope ((sum_k c_k) (p (1 + 2 z_loss_weight lse) - e/V) - (1-e) sum_k c_k onehot(t_k))``.
+
+    Overwrites ``p`` with it. ``e`` is ``label_smoothing``.
+    """
     c = c.masked_fill(target == options.ignore_index, 0)
     total = c.sum(1, keepdim=True)
     p.mul_(total * (1 + 2 * options.z_loss_weight * lse.unsqueeze(1)) if options.z_loss_weight else total)

@@ -1,4 +1,4 @@
-"""Patch embedding in plain PyTorch, without an intermediate of K times the output.
+"""Patch embedding in plain PyTorch, without an intermediate tensor of K times the output's size.
 
 out[p] = (1/K) sum_k weight[ids[p, k]],      dW[v] = (1/K) sum over occurrences of v of dout[p]
 """
@@ -20,7 +20,7 @@ def forward(
     """The mean of each patch's embeddings, summed in fp32 (fp64 for fp64) and rounded once."""
     vocab = weight.shape[0]
     bad = None
-    if ids.device.type != "cpu":  # an id outside the table gives NaN there, since raising would wait for the device
+    if ids.device.type != "cpu":  # a bad id gives NaN here, since an error would wait for the device
         bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
         ids = ids.clamp(0, max(vocab - 1, 0))
     check_ids(ids, vocab)

@@ -1,28 +1,28 @@
-"""Which of an experiment's runs are compared, by which loss, and ρ.
+"""The comparison of an experiment's runs: which runs enter it, by which loss they are compared, and ρ.
 
     ρ = (L_C - L_B) / (L_C - L_A)
 
-``L`` is an arm's token-level validation loss at the end of its run. A reads all of the data token by token; B reads all
-of it too, a share of it in patches; C reads token by token as much as B's compute allows.
+``L`` is an arm's token-level validation loss at the end of its run. A reads all of the data token by token. B reads all
+of it too, a share of it in patches. C reads token by token, as much as B's compute allows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-Result = dict[str, Any]  # a run, as its result.json has it
-Groups = dict[str, list[Result]]  # the runs that are compared: by arm, in the order of their seeds
+Result = dict[str, Any]  # a run, as its result.json holds it
+Groups = dict[str, list[Result]]  # the compared runs by arm, in the order of their seeds
 
 TOKEN_LOSS = "validation_loss"
-"""The key of the loss that arms are compared by. It is token-level in every phase, also in one of patches."""
+"""The key of the loss that arms are compared by. It is token-level in every phase, also in a patch phase."""
 SLOT_LOSSES = "validation_slot_losses"
-"""The key of a patch phase's losses, one for each of the K targets. They are no token-level losses."""
+"""The key of a patch phase's losses, one for each of the K slots. They are not token-level losses."""
 SAME_COST = 0.01
-"""Arms are at equal compute if the counted FLOPs of one differ from those of the other by less than this share."""
+"""Two runs are at equal compute if the counted FLOPs of one differ from the other's by at most this share."""
 
 
 def compared_runs(results: list[Result], lr: float | None) -> Groups:
-    """The runs at the learning rate that was chosen. Runs that diverged are left out.
+    """The runs at the learning rate ``lr``, by arm. Runs that diverged are left out.
 
     Several rates may have been tried for an arm; only one rate, the same for all arms, enters the comparison.
     """
@@ -39,9 +39,9 @@ def same_compute(run: Result, other: Result) -> bool:
 
 
 def rho(groups: Groups, arm: str) -> dict[int, float | None]:
-    """``(L_C - L_arm) / (L_C - L_A)`` for every seed of which A, C and the arm are finished.
+    """``(L_C - L_arm) / (L_C - L_A)`` for every seed for which A, C and the arm are finished.
 
-    The value is None for a seed where A is no better than C: there was nothing to recover.
+    The value is None for a seed at which A is no better than C: there is no difference to recover.
 
     Raises:
         ValueError: the arm does not have C's compute.
@@ -57,12 +57,12 @@ def rho(groups: Groups, arm: str) -> dict[int, float | None]:
 
 
 def recovered_share(loss_a: float, loss_b: float, loss_c: float) -> float | None:
-    """ρ of three losses: the share of what A's compute brings beyond C's. None where it brings nothing."""
+    """ρ of three losses: the share of A's advantage over C that B reaches. None if A has no advantage."""
     return (loss_c - loss_b) / (loss_c - loss_a) if loss_c > loss_a else None
 
 
 def evaluation_at_switch(run: Result) -> dict[str, Any] | None:
-    """The evaluation at the end of the last patch phase, before any token-level step. None without such a phase."""
+    """The evaluation at the end of the last patch phase, before any token-level step. None without a patch phase."""
     in_patches = [point for point in run["curve"] if point["patch_size"] > 1 and point["step"] > 0]
     return in_patches[-1] if in_patches else None
 

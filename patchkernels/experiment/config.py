@@ -1,7 +1,7 @@
-"""The settings of an experiment: its budget, its arms, and what the command line asks for.
+"""The settings of an experiment: its budgets, its arms, and the options of its command.
 
-A budget holds a complete :class:`~patchkernels.training.config.TrainConfig`, the base. Every run of the experiment is
-made from it, so that whatever the experiment does not change is said in one place, the settings of training.
+A budget holds a complete :class:`~patchkernels.training.config.TrainConfig`, its base. The settings of every run are
+made from the base, so that all settings that the experiment does not change are defined there.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Settings = TypeVar("Settings", DataConfig, ModelConfig, OptimizerConfig, RunConf
 
 @dataclass(frozen=True)
 class Budget:
-    """What an experiment costs: the size of its runs, how many there are, and how long a call may take."""
+    """The cost of an experiment: the size of its runs, the number of seeds, and how long a call may take."""
 
-    base: TrainConfig  # its tokens are those of arm A
+    base: TrainConfig  # its tokens are those that arm A reads
     seeds: int
-    minutes: float  # of a call
+    minutes: float  # after which a call stops
 
 
 BUDGETS = {
-    # 1.3M parameters on 2 cores. The minutes suffice for A, B and C with two seeds and the rates that are tried.
+    # 1.3M parameters on 2 cores. The minutes suffice for A, B and C with two seeds, tuning included.
     "cpu": Budget(
         TrainConfig(
             data=DataConfig(vocab_size=4096),
@@ -69,27 +69,27 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the ways to train that are compared. What an arm does not change is the same in all of them."""
+    """One of the ways to train that are compared. Whatever an arm does not change is the same in all arms."""
 
     title: str
-    schedule: ScheduleConfig  # its phases; rows and positions are those of all arms
+    schedule: ScheduleConfig  # only its phases differ from those of other arms; rows and positions are the same
     share: float = 1.0  # of A's raw tokens
     optimizer_changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
-        """The arm's compute against A's, counted in positions."""
+        """The arm's compute as a share of A's, counted in positions."""
         return self.share * cost_of(self.schedule.parsed_phases)
 
     def record(self) -> dict[str, Any]:
-        """The arm in ``experiment.json``. ``changes`` are its settings other than phases that differ from A's."""
+        """The arm's entry in ``experiment.json``. ``changes`` are settings that differ from A's, without phases."""
         counted = {"shares_of": self.schedule.shares_of} if self.schedule.shares_of != ScheduleConfig.shares_of else {}
         changes = {**counted, **self.optimizer_changes}
         return {"title": self.title, "phases": self.schedule.phases, "share": self.share, "changes": changes}
 
 
 def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
-    """All arms by name. ``schedule`` is B's; the other arms have its rows and positions, and phases of their own."""
+    """All arms by name. ``schedule`` is that of B. The other arms share its rows and positions."""
     token_level = dataclasses.replace(schedule, phases="1:1")
     superposition = dataclasses.replace(schedule, phases="8:0.3,1:0.7", shares_of="steps")
     falling_sizes = dataclasses.replace(schedule, phases="8:1/3,4:1/6,2:1/6,1:1/3")
@@ -104,7 +104,7 @@ def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
     }
 
 
-NAMES = tuple(arms(ScheduleConfig()))
+ARM_NAMES = tuple(arms(ScheduleConfig()))
 
 
 @dataclass
@@ -112,54 +112,54 @@ class ExperimentConfig:
     """Compares patch-level with token-level training on a corpus: training runs ("arms") over the same data.
 
     A: token by token, all data. B: patches, then token by token. C: token by token at B's compute. The same command
-    goes on with an experiment that is not finished.
+    continues an unfinished experiment.
     """
 
     out: str = "runs/experiment"
     """The experiment's folder: runs/, results.jsonl, report.md and its figures."""
     budget: str = "cpu"
-    """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of it; None
-    leaves a part as it is."""
+    """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of the budget;
+    None leaves a part as it is."""
     arms: tuple[str, ...] = ("A", "B", "C")
-    """Of A, B, C, B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1).
-    More may be asked for later; runs that are finished stay."""
+    """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3) and multi
+    (K = 8, 4, 2, 1). Arms can be added to an experiment later; finished runs are kept."""
     phases: str = "4:2/3,1:1/3"
     """B's patch sizes and shares of the data."""
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
     """A preset of `patchkernels train`."""
     tokens: float | None = None
-    """Raw tokens of arm A. None of them is read twice, and they are cut to what all arms can read in whole steps."""
+    """Raw tokens of arm A, rounded down to what all arms can read in whole steps. No token is read twice."""
     batch_size: int | None = None
-    """Rows a step."""
+    """Rows of a step."""
     accumulation: int = 1
-    """Parts that a step's rows are read in."""
+    """Number of parts that a step's rows are split into. They are computed one after the other, to save memory."""
     context: int | None = None
     """Positions of a row, in every phase."""
     lr: float | None = None
     """The learning rate that tuning starts from. With --no-tune it is the rate of all runs."""
     tune: bool = True
-    """Tune the learning rate on A: rates a factor of 2 apart, until the best one lies between two others. B and C are
-    then tried at its two neighbours as well."""
+    """Tune the learning rate on A: try rates a factor of 2 apart, until the best one lies between two others. B and C
+    also run at half and at twice that rate."""
     warmup: float = 0.05
-    """Share of A's steps. The other arms warm up over as many steps."""
+    """Share of A's steps over which the learning rate rises. The other arms warm up over the same number of steps."""
     decay: float = 0.2
-    """Share of each arm's steps, at its end, over which the learning rate falls to 0."""
+    """Share of each arm's steps, at the end, over which the learning rate falls to 0."""
     seeds: int | None = None
-    """Runs of each arm, with other weights and another order of the text."""
+    """Number of seeds. Each seed gives all arms other initial weights and another order of the text."""
     minutes: float | None = None
-    """After so many minutes the call saves and stops with exit code 75. The same command goes on."""
+    """Save and stop after this many minutes, with exit code 75. The same command then continues the experiment."""
     compile: bool | None = None
-    """torch.compile."""
+    """Compile the model with torch.compile, once for each phase."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
-        unknown = [name for name in self.arms if name not in NAMES]
+        unknown = [name for name in self.arms if name not in ARM_NAMES]
         if unknown or not {"A", "B", "C"} <= set(self.arms):
-            raise ValueError(f"arms must be A, B, C and others of {NAMES}, got {self.arms}")
+            raise ValueError(f"arms must be A, B, C and others of {ARM_NAMES}, got {self.arms}")
         for name in ("tokens", "batch_size", "context", "lr", "seeds", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -170,19 +170,19 @@ class ExperimentConfig:
         _ = self.effective_budget  # made here, so that settings which training refuses raise at once
 
     def _check_phases(self) -> None:
-        """B ends token by token, some arm has patches, and a row holds a patch and the one that it predicts."""
+        """Checks that B ends token by token, that an arm has patches, and that a row holds two patches of any size."""
         if self.known_arms["B"].schedule.parsed_phases[-1].patch_size != 1:
             raise ValueError(f"the last phase must be token-level, as in '4:2/3,1:1/3'; got {self.phases!r}")
+        if all(phase.patch_size == 1 for phase in self.schedule.parsed_phases):
+            raise ValueError(f"B needs a phase of patches, as in '4:2/3,1:1/3'; got {self.phases!r}")
         schedules = [self.known_arms[name].schedule for name in self.arms]
         largest = max(phase.patch_size for schedule in schedules for phase in schedule.parsed_phases)
-        if largest == 1:
-            raise ValueError(f"B needs a phase of patches, as in '4:2/3,1:1/3'; got {self.phases!r}")
         context = self.schedule.context
         if context < 2 * largest:
             raise ValueError(f"context must be at least two patches of {largest}, got {context}")
 
     def warmup_of(self, name: str) -> float:
-        """The share of its steps that the arm of this name warms up over: as many steps as in A.
+        """The share of its own steps over which the arm ``name`` warms up: as many steps as in A.
 
         Raises:
             ValueError: the arm has too few steps for this warmup and the decay.
@@ -197,7 +197,7 @@ class ExperimentConfig:
 
     @functools.cached_property
     def schedule(self) -> ScheduleConfig:
-        """B's schedule, with A's tokens as they were asked for: the corpus may have fewer."""
+        """B's schedule, with the requested number of A's tokens. The corpus may have fewer."""
         return _replaced(
             BUDGETS[self.budget].base.schedule,
             tokens=self.tokens,
@@ -208,12 +208,12 @@ class ExperimentConfig:
 
     @functools.cached_property
     def known_arms(self) -> dict[str, Arm]:
-        """All arms by name, also those that were not asked for."""
+        """All arms by name, also those that were not requested."""
         return arms(self.schedule)
 
     @functools.cached_property
     def effective_budget(self) -> Budget:
-        """The budget with the settings that were asked for in place of its own."""
+        """The budget, with the parts replaced for which an option was given."""
         budget = BUDGETS[self.budget]
         base = budget.base
         return Budget(
@@ -233,5 +233,5 @@ class ExperimentConfig:
 
 
 def _replaced(settings: Settings, **values: Any) -> Settings:
-    """The settings with these values, but for those that are None: they were not asked for."""
+    """A copy of the settings with these values. None stands for an option that was not given: no change."""
     return dataclasses.replace(settings, **{name: value for name, value in values.items() if value is not None})

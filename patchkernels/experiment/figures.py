@@ -17,17 +17,19 @@ from patchkernels.files import replace_file
 
 AXES = (("raw_tokens", "raw tokens"), ("flops", "FLOPs (counted)"), ("seconds", "training seconds"))
 EARLY = 0.08
-"""Losses of this first share of the longest run's compute do not widen the vertical axis: they fall from log V."""
+"""Losses within this first share of the longest run's compute do not widen the vertical axis, because they start at
+log V, far above all others."""
 
 
 def draw_loss(file: Path, groups: Groups) -> None:
     """Token-level validation loss against raw tokens, FLOPs and seconds, every arm in its own colour.
 
-    The line is the mean over the seeds, the band reaches from the lowest to the highest, the dot is the last switch.
+    The line is the mean over the seeds, the band reaches from the lowest to the highest value, and the dot marks the
+    end of the last patch phase.
     """
     figure, axes = _figure(columns=len(AXES), width=14, height=4.2)
     longest = max(run["flops"] for runs in groups.values() for run in runs)
-    late_losses: list[float] = []  # those that the vertical axis has to hold
+    late_losses: list[float] = []  # the losses that the vertical axis has to show
     for axis, (key, label) in zip(axes, AXES):
         for number, (arm, runs) in enumerate(groups.items()):
             late_losses += _draw_arm(axis, key, runs, arm, f"C{number}", EARLY * longest)
@@ -62,7 +64,7 @@ def has_slot_losses(groups: Groups) -> bool:
 
 
 def draw_slots(file: Path, groups: Groups) -> None:
-    """The loss of each slot in the patch phases, one panel an arm, the mean over the seeds; later slots are paler."""
+    """The loss of each slot in the patch phases: a panel per arm, the mean over the seeds, later slots paler."""
     of_arm = {arm: points for arm, runs in groups.items() if (points := evaluations_side_by_side(runs, SLOT_LOSSES))}
     figure, axes = _figure(columns=len(of_arm), width=5 * len(of_arm) + 1, height=4)
     for axis, (arm, evaluations) in zip(axes, of_arm.items()):

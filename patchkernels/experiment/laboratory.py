@@ -1,13 +1,13 @@
-"""The experiment that checks the claim on any corpus: training runs ("arms") over the same data, compared.
+"""The experiment: training runs ("arms") over the same data, which compare patch-level with token-level training.
 
     A   token-level on all of the data                       cost 1
     B   patches of K on a share λ of it, then token-level    cost λ/K + 1 - λ
     C   token-level, stopped at B's compute                  the same cost
     ρ = (L_C - L_B) / (L_C - L_A)         1: as good as A at a fraction of its compute; 0: no better than C
 
-L is token-level validation loss. Every run is one call of :func:`patchkernels.training.train.train`, so that all arms
-have the same model and loss code, tokenizer, validation text and context. Runs of one seed also start from the same
-weights and take the same pieces of the text.
+L is token-level validation loss. :func:`patchkernels.training.train.train` makes every run, so that all arms have the
+same model and loss code, tokenizer, validation text and context. Runs of one seed also start from the same weights and
+read the same pieces of the text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.console import Console
 from patchkernels.data.batches import validation_rows
 from patchkernels.data.corpus import Corpus
 from patchkernels.experiment.comparison import TOKEN_LOSS, Result
-from patchkernels.experiment.config import NAMES, ExperimentConfig
+from patchkernels.experiment.config import ARM_NAMES, ExperimentConfig
 from patchkernels.experiment.record import (
     claim_folder,
     experiment_record,
@@ -44,19 +44,19 @@ from patchkernels.training.stop import OUT_OF_TIME, Stopped
 from patchkernels.training.train import train
 
 MOST_RATES = 5
-"""A is tried at no more learning rates than this."""
+"""Tuning runs A at no more learning rates than this."""
 LARGEST_DENOMINATOR = 24
-"""Shares of the phases are taken for fractions with at most this denominator: 0.667 is meant as 2/3."""
+"""A phase's share is read as a fraction with at most this denominator, so that 0.667 means 2/3."""
 
 
 def experiment(config: ExperimentConfig) -> Path:
-    """Runs what is missing of the experiment, writes its report and returns the folder.
+    """Makes the runs that the experiment still lacks, writes its report and returns its folder.
 
     Raises:
-        ValueError: settings that make no sense, a corpus too small for them, or a folder of another experiment.
-        RuntimeError: before its first step a run's loss is not log V, or not that of the other runs of its seed.
+        ValueError: invalid settings, a corpus too small for them, or a folder of another experiment.
+        RuntimeError: a run's loss before its first step is not log V, or not that of the other runs of its seed.
         NonFiniteError: A diverged at every learning rate.
-        Stopped: a signal came, or ``minutes`` are over. Everything is saved, and the same call goes on.
+        Stopped: a signal came, or ``minutes`` are over. Everything is saved, and the same call continues.
     """
     began = time.monotonic()
     if environment(choose_device(config.device)).world_size > 1:
@@ -81,20 +81,20 @@ def experiment(config: ExperimentConfig) -> Path:
 
 
 class Laboratory:
-    """Runs of the experiment. Each is made once, and its result is then kept in the experiment's folder."""
+    """The runs of an experiment. Each is made once, and its result is kept in the experiment's folder."""
 
     def __init__(self, config: ExperimentConfig, corpus: Corpus, deadline: float, console: Console) -> None:
         self.config, self.corpus, self.console = config, corpus, console
         self.deadline = deadline  # of time.monotonic()
         self.budget, self.arms, self.out = config.effective_budget, config.known_arms, Path(config.out)
         self.results: dict[Path, Result] = {}  # by the run's folder
-        self.lr: float | None = None  # at which all arms are compared; run_all chooses it
+        self.lr: float | None = None  # the rate at which all arms are compared; run_all chooses it
         base = self.budget.base
         sizes = [phase.patch_size for arm in self.arms.values() for phase in arm.schedule.parsed_phases]
         self.piece_tokens = base.schedule.context * math.lcm(*sizes)  # whole rows of every phase of every arm
         self.tokens = self._tokens_of_a()
         self.record = experiment_record(config, corpus, self.tokens, self.piece_tokens)
-        # What cannot be had raises here, before the folder is made and before any run.
+        # Settings that cannot run raise here, before the folder is made and before any run.
         for name in config.arms:
             self.train_config(name, 0, base.optimizer.lr, self.out / "runs", self.budget.minutes).schedule.schedule()
         validation_rows(corpus.validation, base.schedule.context, base.log.eval_rows)
@@ -103,7 +103,7 @@ class Laboratory:
             self.results[file.parent] = read_json(file, {"arm", "seed", "lr"})
 
     def run_all(self) -> None:
-        """The learning rate on A, then seed after seed all arms, then B and C at the neighbours of A's best rate."""
+        """Tunes the learning rate on A, runs all arms seed after seed, then B and C at half and twice the rate."""
         self.lr = lr = self.tune() if self.config.tune else self.budget.base.optimizer.lr
         for seed in range(self.budget.seeds):
             for name in self.config.arms:
@@ -114,9 +114,9 @@ class Laboratory:
                     self.run(name, 0, neighbour)
 
     def tune(self) -> float:
-        """The learning rate at which A ends lowest, between two others where it ends higher.
+        """The learning rate at which A's final loss is lowest, tried until it lies between two others.
 
-        After ``MOST_RATES`` rates it is the best of them, even if that is the lowest or the highest.
+        After ``MOST_RATES`` rates it is the best of them, even if that is the lowest or the highest rate.
 
         Raises:
             NonFiniteError: A diverged at every rate.
@@ -155,7 +155,7 @@ class Laboratory:
         return self.results[folder]
 
     def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
-        """The settings of a run: those of the budget, and what the arm ``name``, the seed and the rate change.
+        """The settings of a run: those of the budget, with the changes of the arm ``name``, the seed and the rate.
 
         The run stops after ``minutes``. It resumes from the newest checkpoint if ``folder`` holds one.
         """
@@ -173,14 +173,14 @@ class Laboratory:
 
     def report(self, finished: bool) -> None:
         """Writes ``results.jsonl``, ``report.md`` and the figures from the runs so far."""
-        results = sorted(self.results.values(), key=lambda run: (NAMES.index(run["arm"]), run["seed"], run["lr"]))
+        results = sorted(self.results.values(), key=lambda run: (ARM_NAMES.index(run["arm"]), run["seed"], run["lr"]))
         write_results(self.out, self.record, results, finished)
         write_report(self.out, self.record, results, self.lr, finished)
 
     def _tokens_of_a(self) -> int:
-        """Raw tokens that A reads: those that were asked for, at most the corpus, and whole steps of A, B and C.
+        """The number of raw tokens that A reads: as requested, but at most the corpus and in whole steps of A, B and C.
 
-        Where a share of a phase is only nearly a fraction, phases end within a step of it.
+        If a phase's share is not exactly such a fraction, the phase ends up to one step away from it.
         """
         schedule = self.budget.base.schedule
         shares = [Fraction(phase.share).limit_denominator(LARGEST_DENOMINATOR) for phase in schedule.parsed_phases]
@@ -203,10 +203,10 @@ class Laboratory:
 
 
 def check_start(result: Result, others: list[Result], folder: Path) -> None:
-    """A run's token-level loss before its first step is that of all other runs of its seed.
+    """Checks that a run's token-level loss before its first step is that of all other runs of its seed.
 
     Raises:
-        RuntimeError: it is not, so that the arms cannot be compared.
+        RuntimeError: the losses differ, so that the arms cannot be compared.
     """
     start = result["curve"][0][TOKEN_LOSS]
     for other in others:

@@ -1,4 +1,4 @@
-"""Where and with what an experiment was measured: device, versions, commit, date."""
+"""The provenance of a measurement: device, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The processor's name from ``/proc/cpuinfo``, or what Python's platform module says where that has none."""
+    """The processor's name from ``/proc/cpuinfo``, or from Python's platform module if that file has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def version() -> str:
-    """The version of the installed package, or ``"not installed"`` where it is found through ``PYTHONPATH`` alone."""
+    """The version of the installed package, or ``"not installed"`` if it is only found through ``PYTHONPATH``."""
     try:
         return importlib.metadata.version("patchkernels")
     except importlib.metadata.PackageNotFoundError:
@@ -48,10 +48,10 @@ def version() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``-dirty`` behind it if files differ from it.
+    """The commit of the checkout that this package runs from, followed by ``-dirty`` if files differ from it.
 
-    None where the package runs from no checkout of its own. That its folder lies within some git repository is not
-    enough: a virtual environment may lie in the repository of another project. This file must be tracked there.
+    None if the package does not run from a checkout of its own. This file must be tracked by git: a virtual environment
+    that holds the package may lie in the repository of another project.
     """
 
     def git(*words: str) -> str:

@@ -1,10 +1,10 @@
-"""What an experiment writes into its folder besides the report.
+"""The files that an experiment writes into its folder besides the report.
 
-    experiment.json          the settings, the corpus, and where it was measured: two experiments share no folder
-    runs/NAME/result.json    a finished run: where it ended, and its evaluations
-    results.jsonl            all of it, one JSON object a line, for other programs
+    experiment.json          the settings, the corpus and the provenance of one experiment
+    runs/NAME/result.json    the final values and the evaluations of a finished run
+    results.jsonl            all of this, one JSON object per line, for other programs
 
-The report is written from the same two: the record of the experiment, and the results of its runs.
+The report is written from the same data: the record of the experiment and the results of its runs.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def count_parameters(architecture: PatchLMConfig) -> int:
 def claim_folder(out: Path, record: dict[str, Any]) -> None:
     """Writes ``experiment.json`` into ``out``, unless that is the folder of another experiment.
 
-    More arms, more seeds, another length of the call, another commit or the same text under another name leave the
-    experiment what it is. ``record["commit"]`` is then replaced by all commits that runs in the folder were made with.
+    It is still the same experiment with more arms, more seeds, other ``minutes``, another commit, or the same text
+    under another name. ``record["commit"]`` then lists all commits that runs in the folder were made with.
 
     Raises:
         ValueError: the folder's experiment has other settings, or its ``experiment.json`` is damaged.
@@ -89,7 +89,7 @@ def claim_folder(out: Path, record: dict[str, Any]) -> None:
     if file.exists():
         old = read_json(file, {"budget", "corpus", "commit"})
         commits = [*(old["commit"] or "").split(", "), record["commit"] or ""]
-        new = json.loads(json.dumps(record))  # as it reads when it comes back from a file
+        new = json.loads(json.dumps(record))  # as it would be read back from a file, with lists in place of tuples
         for settings in (old, new):
             for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
                 settings[part].pop(key, None)
@@ -103,10 +103,10 @@ def claim_folder(out: Path, record: dict[str, Any]) -> None:
 
 
 def run_result(arm: str, phases: str, seed: int, lr: float, log: list[dict[str, Any]]) -> Result:
-    """What the report needs of a run's log.
+    """The result of a run, with everything from its log that the report needs.
 
-    The losses that were trained on are left out: in a patch phase they are of another kind than the validation losses
-    that arms are compared by.
+    Training losses are left out: in a patch phase they are not comparable with the validation losses that arms are
+    compared by.
     """
     curve = [{key: line[key] for key in EVALUATION_VALUES if key in line} for line in log if TOKEN_LOSS in line]
     last = curve[-1]
@@ -124,7 +124,7 @@ def run_result(arm: str, phases: str, seed: int, lr: float, log: list[dict[str, 
 
 
 def write_results(out: Path, record: dict[str, Any], results: Iterable[Result], finished: bool) -> None:
-    """``results.jsonl``: a line of kind "experiment", then a line "run" for each run, followed by its "evaluation"s."""
+    """Writes ``results.jsonl``: a line of kind "experiment", then for each run a "run" and its "evaluation" lines."""
     lines: list[dict[str, Any]] = [{"kind": "experiment", "finished": finished, **record}]
     for result in results:
         identity = {key: result[key] for key in ("arm", "seed", "lr")}
@@ -139,7 +139,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(file: Path, keys: set[str]) -> dict[str, Any]:
-    """The object in a file. ``ValueError`` that names the file if it holds no object, or one that lacks ``keys``."""
+    """The JSON object in a file. ``ValueError``, with the file's name, if there is none or it lacks one of ``keys``."""
     try:
         value: dict[str, Any] = json.loads(file.read_text())
         if not (isinstance(value, dict) and keys <= value.keys()):

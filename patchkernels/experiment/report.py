@@ -1,7 +1,7 @@
 """The experiment's report: one Markdown file and its figures, from the results of the runs.
 
 Arms are compared by token-level validation loss alone. A patch phase's own loss is the mean over K tokens, each of them
-predicted from what precedes the whole patch. That is another quantity, and it has a figure of its own.
+predicted from what precedes the whole patch. This is another quantity and has a figure of its own.
 
 Every function that yields or returns text here writes one part of the report, in Markdown, from ``experiment.json``
 (``record``) and the results of the runs.
@@ -29,7 +29,7 @@ from patchkernels.training.config import OptimizerConfig
 
 
 def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: float | None, finished: bool) -> None:
-    """``report.md``, ``loss.png`` and ``slots.png`` in ``out``; ``lr`` is the rate that all arms are compared at."""
+    """Writes ``report.md``, ``loss.png`` and ``slots.png``; ``lr`` is the rate at which all arms are compared."""
     groups = compared_runs(results, lr)
     figures = []
     if groups:
@@ -56,7 +56,7 @@ def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: f
 
 
 def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
-    """The mean, and in brackets the lowest and the highest value unless all look the same."""
+    """The mean, and in brackets the lowest and the highest value unless they print the same."""
     mean, low, high = (f"{value:{form}}" for value in (sum(values) / len(values), min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
 
@@ -67,7 +67,7 @@ def table(columns: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def _provenance(record: dict[str, Any], results: list[Result], finished: bool) -> str:
-    """When, where and with what it was measured, whether it is finished, and what a loss is here."""
+    """Date, device, versions and commit; whether the experiment is finished; and how its losses are measured."""
     commit = f", commit {record['commit']}" if record["commit"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     state = f"{len(results)} runs" + ("." if finished else " so far: **unfinished**, the same command goes on.")
@@ -79,7 +79,7 @@ def _provenance(record: dict[str, Any], results: list[Result], finished: bool) -
 
 
 def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
-    """The table of the arms, then what is compared once A, B and C are there: ρ, the gaps, the losses by seed."""
+    """The table of the arms. Once A, B and C are there, also ρ, B's distance from A and C, and the losses by seed."""
     if not groups:
         yield "No arm is finished at the chosen learning rate yet."
         return
@@ -102,7 +102,7 @@ def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
 
 
 def _outcome_row(arm: str, title: str, runs: list[Result], runs_of_a: list[Result]) -> list[str]:
-    """An arm's line of the outcome's table; seconds are compared with those of A's run of the same seed."""
+    """An arm's row in the table of the outcome. Its seconds are compared with those of A's run of the same seed."""
     first = runs[0]
     flops_ratio = f"{first['flops'] / runs_of_a[0]['flops']:.3f}" if runs_of_a else ""
     time_ratios = [run["seconds"] / a["seconds"] for run in runs for a in runs_of_a if a["seed"] == run["seed"]]
@@ -125,7 +125,7 @@ def _outcome_row(arm: str, title: str, runs: list[Result], runs_of_a: list[Resul
 
 
 def _rho_of(arm: str, groups: Groups) -> Iterator[str]:
-    """ρ of one arm: over the seeds, and of each seed."""
+    """ρ of one arm: its mean over the seeds, and its value for each seed."""
     by_seed = rho(groups, arm)
     defined = [value for value in by_seed.values() if value is not None]
     mean = mean_and_range(defined) if defined else "undefined"
@@ -136,7 +136,7 @@ def _rho_of(arm: str, groups: Groups) -> Iterator[str]:
 
 
 def _gaps_of_b(groups: Groups) -> str:
-    """In words, how far B ended from C and from A: the mean over the seeds, and whether all seeds agree on its sign."""
+    """A sentence on how far B ended from C and from A on average, and whether all seeds agree on the sign."""
     ends = {arm: {run["seed"]: run[TOKEN_LOSS] for run in groups[arm]} for arm in ("A", "B", "C")}
     phrases = []
     for other, what in (("C", "at equal compute (C)"), ("A", "at equal data (A)")):
@@ -151,7 +151,7 @@ def _gaps_of_b(groups: Groups) -> str:
 
 
 def _losses_by_seed(groups: Groups) -> str:
-    """The table of the losses at the end: a line an arm, a column for each of A's seeds."""
+    """The table of the losses at the end: one row per arm, one column for each of A's seeds."""
     seeds = sorted({run["seed"] for run in groups["A"]})
     rows = []
     for arm, runs in groups.items():
@@ -161,13 +161,13 @@ def _losses_by_seed(groups: Groups) -> str:
 
 
 def _diverged_runs(results: list[Result], lr: float | None) -> str:
-    """The runs that the comparison lacks because they diverged at the rate that was chosen."""
+    """The runs that are left out of the comparison because they diverged at the chosen rate."""
     diverged = [f"{run['arm']} of seed {run['seed']}" for run in results if run["lr"] == lr and "diverged" in run]
     return f"Diverged, and left out above: {', '.join(diverged)}." if diverged else ""
 
 
 def _recovery(groups: Groups) -> Iterator[str]:
-    """For every arm with patches, the validation losses after its last switch, by the steps since."""
+    """For every arm with patches, the validation losses by the number of steps since its last switch."""
     for arm, runs in groups.items():
         switch = evaluation_at_switch(runs[0])
         if switch is None:
@@ -192,7 +192,7 @@ def _recovery(groups: Groups) -> Iterator[str]:
 
 
 def _settings(record: dict[str, Any], groups: Groups, lr: float | None) -> Iterator[str]:
-    """The corpus, the model and the optimizer, how the text is shared out, and in what the arms differ."""
+    """The corpus, the model, the optimizer, the division of the text, and the differences between the arms."""
     yield _corpus(record["corpus"])
     yield _model_and_optimizer(record)
     yield (
@@ -237,13 +237,13 @@ def _model_and_optimizer(record: dict[str, Any]) -> str:
 
 
 def _warmup_steps(record: dict[str, Any]) -> int:
-    """Steps that the learning rate rises over, the same number in every arm."""
+    """The number of steps over which the learning rate rises, the same in every arm."""
     steps: float = record["tokens"] / (record["budget"]["batch_size"] * record["budget"]["context"])
     return round(float(record["warmup"]) * steps)
 
 
 def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
-    """The rates that A, B and C were tried at with the first seed, and ρ with each arm at the best of its own."""
+    """The rates that A, B and C were tried at with the first seed, and ρ with each arm at its own best rate."""
     seed = min((result["seed"] for result in results), default=0)
     rows = []
     best: dict[str, Result] = {}

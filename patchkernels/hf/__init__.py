@@ -2,12 +2,13 @@
 
 A patch step is the model's own forward, with the mean of K embeddings as ``inputs_embeds`` and the K-token loss in
 place of its loss. If the logits that reach the model's ``loss_function`` are the output of its head, times a constant
-or soft-capped, the loss is formed inside the head and the logits never exist ("fused"). In other models it is formed
-from the logits that the model computed ("materialised"). Which of the two is exact is found by running the model when
-it is enabled; a model in which neither is exact is refused.
+or soft-capped, the loss is computed inside the head and the logits never exist ("fused"). In other models it is
+computed from the model's own logits ("materialised"). :func:`enable` runs the model to find out which of the two is
+exact, and refuses a model in which neither is. A patch step is exact if tokens that are each repeated K times give the
+loss of the tokens.
 
 The classes of the model, its embedding and its head are swapped for subclasses of them, so that ``deepcopy``, pickling,
-``save_pretrained``, ``generate`` and ``state_dict`` keep working. :func:`disable` gives the original classes back.
+``save_pretrained``, ``generate`` and ``state_dict`` keep working. :func:`disable` restores the original classes.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the Trainer when it is first asked for, since it needs transformers."""
+    """Imports the Trainer on first access, because it needs transformers."""
     if name in ("PatchTrainer", "PatchTraining"):
         from patchkernels.hf import trainer
 

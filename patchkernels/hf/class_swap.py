@@ -1,8 +1,8 @@
-"""Changing what one module does by swapping the class of that instance.
+"""Changes what one module does by swapping the class of that instance.
 
-:func:`swap_class` gives a module a subclass of its class in which a mixin comes first; :func:`restore_class` gives the
-class back. Unlike a ``forward`` that is set on the instance, this survives ``deepcopy`` and pickling: a copy runs on
-its own weights. Parameters, hooks, ``state_dict`` and ``isinstance`` stay as they were. The subclass has the name of
+:func:`swap_class` gives a module a subclass of its class in which a mixin comes first; :func:`restore_class` undoes
+this. Unlike a ``forward`` set on the instance, the swap survives ``deepcopy`` and pickling: a copy runs on its own
+weights. Parameters, hooks, ``state_dict`` and ``isinstance`` stay as they were. The subclass has the name of
 the original class, because ``save_pretrained`` writes that name into the model's configuration.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 
 class SwappedClass:
-    """Base of all mixins, and by that of all classes that :func:`swap_class` makes."""
+    """The base of all mixins, and so of all classes that :func:`swap_class` makes."""
 
-    _patch_state: Any  # what swap_class was given for this module
+    _patch_state: Any  # the `state` that swap_class received for this module
     _patch_original_class: Any
     _patch_mixin: Any
 
@@ -31,7 +31,7 @@ class SwappedClass:
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(
-            "nn.DataParallel runs replicas in threads, which share a patch step; run one process a GPU (torchrun)"
+            "nn.DataParallel runs replicas in threads, which share a patch step; run one process per GPU (torchrun)"
         )
 
 
@@ -43,7 +43,7 @@ def swap_class(module: Any, mixin: Any, state: Any) -> None:
 
 
 def restore_class(module: Any) -> None:
-    """Gives ``module`` the class back that it had before :func:`swap_class`; without effect on any other module."""
+    """Restores the class that ``module`` had before :func:`swap_class`. Has no effect on any other module."""
     if isinstance(module, SwappedClass):
         module.__class__ = type(module)._patch_original_class
         del module._patch_state

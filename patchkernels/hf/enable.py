@@ -1,4 +1,4 @@
-"""Turning patch steps of a Hugging Face model on and off."""
+"""Turns patch steps of a Hugging Face model on and off."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ OLDEST_TRANSFORMERS = (5, 0)
 
 
 def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_smoothing: float = 0.0) -> Model:
-    """``model(input_ids, labels=labels)`` becomes a step on patches of ``patch_size`` tokens.
+    """Makes ``model(input_ids, labels=labels)`` a step on patches of ``patch_size`` tokens.
 
     The patch step is that of patch-level training (arXiv 2407.12665, section 2): the mean of K embeddings in, and one
     row of logits that predicts the K tokens of the next patch. ``model.patch_size`` may be changed at any time; at 1
-    the model takes its ordinary step. A batch may also bring its patches itself: ``shift_labels`` of shape (B, P, K),
-    as :func:`patchkernels.next_patch_targets` makes them, are a step on patches of K whatever ``model.patch_size`` is.
-    The loss is the mean of all valid targets' losses, or ``reduction="slot_mean"``; with ``num_items_in_batch`` it is
-    their sum divided by that number.
+    the model takes its ordinary step. A batch may also bring the targets of its patches, ``shift_labels`` of shape
+    (B, P, K) from :func:`patchkernels.next_patch_targets`, which make it a step on patches of K tokens whatever
+    ``model.patch_size`` is. The loss is the mean over all valid targets, or the ``"slot_mean"``. With
+    ``num_items_in_batch`` it is multiplied by the batch's number of valid targets and divided by that number.
 
     In a patch step ``input_ids`` (B, T) and ``labels`` (B, T) are unshifted, and T is divisible by K. Padding is on the
-    right, and packed documents (``position_ids``) begin on patch boundaries. A fused loss (:func:`is_fused`) gives no
-    logits.
+    right, and packed documents (``position_ids``) begin on patch boundaries. If the loss is fused (:func:`is_fused`),
+    the output has no logits.
 
     A model that is not enabled yet is run 3 to 6 times on 6 tokens, without gradients:
 
-    - with known numbers for its head's output, to find what the loss function receives of them; not if the head is no
-      plain ``nn.Linear``;
+    - if its head is a plain ``nn.Linear``, with known numbers as the head's output, to find out what the model does to
+      them before it calls its loss function;
     - on the tokens, for the loss that a patch step is compared with;
-    - with the loss in the head, if the first run allows it: on every token twice in patches of two, which must give
-      the loss of the tokens, and on patches of different tokens, which must run;
-    - if that was not possible or not exact, the same with the loss formed from the model's logits.
+    - if the first run allows it, with the loss in the head: on every token twice in patches of two, which must give
+      the loss of the tokens, and on patches of different tokens, which must run without an error;
+    - if that was not possible or not exact, the same with the loss computed from the model's logits.
 
     Args:
         model: a causal language model of transformers, or PEFT's wrapper of one.
@@ -105,11 +105,11 @@ def swap_classes(model: Any, name: str) -> None:
         disable(model)
         raise
     if state.settings.logit_map is None:
-        logger.warning("%s: the loss is formed from materialised logits, since it changes those of its head", name)
+        logger.warning("%s: the loss is computed from materialised logits: it is not exact in the head", name)
 
 
 def find_exact_loss(model: Any, state: PatchState, ids: Tensor) -> str:
-    """Forms the loss in the head if that is exact, and otherwise from the model's logits.
+    """Makes patch steps compute the loss in the head if that is exact, and otherwise from the model's logits.
 
     Returns why neither is exact, or an empty string.
     """
@@ -129,16 +129,16 @@ def find_exact_loss(model: Any, state: PatchState, ids: Tensor) -> str:
 
 
 def disable(model: Model) -> Model:
-    """Gives the model and its modules back the classes that they had; without effect on a model not enabled."""
+    """Restores the classes of the model and its modules. Has no effect on a model that is not enabled."""
     for module in list(model.modules()):
         restore_class(module)
     return model
 
 
 def is_fused(model: Any) -> bool:
-    """Whether an enabled model forms the loss of a patch step in its head, so that the logits never exist.
+    """Whether an enabled model computes the loss of a patch step in its head, so that the logits never exist.
 
-    Where it does not, the loss is formed from the logits that the model computes ("materialised").
+    If not, the loss is computed from the model's own logits ("materialised").
     """
     state: PatchState = unwrap(model)._patch_state
     return state.settings.logit_map is not None
@@ -151,7 +151,7 @@ def unwrap(model: Any) -> Any:
 
 @contextlib.contextmanager
 def token_level(model: Any) -> Iterator[None]:
-    """``model.patch_size`` is 1 inside the block: for evaluation in a patch phase."""
+    """Sets ``model.patch_size`` to 1 inside the block, for evaluation in a patch phase."""
     patch_size, model.patch_size = model.patch_size, 1
     try:
         yield

@@ -1,7 +1,7 @@
-"""The embedding and the head of a Hugging Face model in a patch step, and what they share with the model.
+"""The embedding and the head of a Hugging Face model in a patch step, and the state that they share with the model.
 
-The classes here are mixins: :func:`patchkernels.hf.enable` puts them before the classes of the two modules. Outside of
-a patch step the modules do what they did before.
+The mixins here are put before the classes of the two modules by :func:`patchkernels.hf.enable`. Outside of a patch step
+the modules do what they did before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from patchkernels.ops.patch_embedding import patch_embedding
 
 
 class LogitMap(NamedTuple):
-    """What a model makes of its head's output z: ``softcap * tanh(scale z / softcap)``; ``scale z`` without a cap."""
+    """How a model makes logits of its head's output z: ``softcap tanh(scale z / softcap)``, or ``scale z``."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -27,12 +27,12 @@ class LogitMap(NamedTuple):
 
 @dataclass
 class PatchSettings:
-    """What :func:`patchkernels.hf.enable` decided for a model."""
+    """The settings of an enabled model."""
 
-    patch_size: int = 1  # of batches that bring labels; a batch that brings patches has its own
+    patch_size: int = 1  # for batches with labels; shift_labels (B, P, K) have their own, K
     reduction: str = "mean"
     label_smoothing: float = 0.0
-    logit_map: LogitMap | None = None  # None: the loss cannot be formed in the head
+    logit_map: LogitMap | None = None  # None: the loss cannot be computed in the head
 
 
 @dataclass
@@ -47,7 +47,7 @@ class PatchStep:
 
 @dataclass
 class PatchState:
-    """What a model shares with its embedding, its head and PEFT's wrapper for as long as it is enabled."""
+    """The state that an enabled model shares with its embedding, its head and PEFT's wrapper."""
 
     settings: PatchSettings
     step: PatchStep | None = None  # while a patch step runs
@@ -55,15 +55,15 @@ class PatchState:
 
 
 class PatchEmbeddingMixin(SwappedClass):
-    """Makes an ``nn.Embedding`` return the mean of each patch where it is asked to; never keeps all embeddings."""
+    """Makes an ``nn.Embedding`` return the means of patches if its caller passes a patch size."""
 
     def forward(self: Any, input: Tensor, patch_size: int = 1) -> Tensor:
-        """Token ids (B, T) to (B, T / patch_size, D)."""
+        """Maps token ids (B, T) to embeddings (B, T / patch_size, D), without keeping those of the single tokens."""
         if patch_size == 1:
             embedded: Tensor = super().forward(input)  # type: ignore[misc]
             return embedded
         if isinstance(self.weight, DTensor) and self.weight.placements != (Shard(0),):
-            # The operator takes a table that is sharded by rows, not one that is sharded by columns.
+            # The operator does not take a table that is sharded by columns, so here all embeddings are kept.
             return patch_means(super().forward(input), patch_size)  # type: ignore[misc]
         weight = self.weight if self.padding_idx is None else WithoutRowGradient.apply(self.weight, self.padding_idx)
         means: Tensor = patch_embedding(input, weight, patch_size)
@@ -74,10 +74,10 @@ class LossHeadMixin(SwappedClass):
     """Makes an ``nn.Linear`` compute the loss in a fused patch step, in place of logits that are never kept."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss, in the shape of a single logit, which the model may scale or cap like any other.
+        """Returns the loss of a fused step in the shape of a single logit, which the model may then scale or cap.
 
-        It is stored here, before the model does so, but after the hooks of this module: FSDP2 starts the backward of
-        the head in a hook on what the head returned.
+        The loss is stored here, before the model does so, but after the hooks of this module have run, because FSDP2
+        starts the backward of the head in a hook on the head's output.
         """
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         step: PatchStep | None = self._patch_state.step
@@ -86,7 +86,7 @@ class LossHeadMixin(SwappedClass):
         return output
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        """Hidden states (B, P, D) to logits (B, P, V), or in a fused patch step to the loss (1, 1, 1)."""
+        """Maps hidden states (B, P, D) to logits (B, P, V), or in a fused patch step to the loss (1, 1, 1)."""
         settings: PatchSettings = self._patch_state.settings
         step: PatchStep | None = self._patch_state.step
         if step is None or not step.fused:
@@ -111,7 +111,7 @@ class LossHeadMixin(SwappedClass):
 class WithoutRowGradient(torch.autograd.Function):
     """The weight itself, with a gradient of 0 in one row.
 
-    That row is the padding token's. It takes part in the means, and ``nn.Embedding`` gives it no gradient.
+    The row is that of the padding token: it takes part in the means but, as in ``nn.Embedding``, has no gradient.
     """
 
     @staticmethod
@@ -127,13 +127,13 @@ class WithoutRowGradient(torch.autograd.Function):
 
 
 def patch_means(embedded: Tensor, patch_size: int) -> Tensor:
-    """Embeddings of tokens (B, T, D) to means of patches (B, T / patch_size, D)."""
+    """The means of patches (B, T / patch_size, D) of embeddings of tokens (B, T, D)."""
     means: Tensor = embedded.unflatten(1, (-1, patch_size)).mean(2)
     return means
 
 
 def runs_forward_of(module: Any, cls: type[nn.Module]) -> bool:
-    """Whether calling the module runs the forward of ``cls`` (``nn.Linear``, ``nn.Embedding``), but for our mixins."""
+    """Whether calling the module runs the forward of ``cls`` (``nn.Linear``, ``nn.Embedding``), our mixins aside."""
     if not isinstance(module, cls) or "forward" in module.__dict__:
         return False
     candidates = (c for c in type(module).__mro__ if "forward" in c.__dict__ and not issubclass(c, SwappedClass))

@@ -1,7 +1,7 @@
-"""The patch step of a Hugging Face model: its own forward on mean embeddings, with the K-token loss for its loss.
+"""The patch step of a Hugging Face model: its own forward on mean embeddings, with the K-token loss as its loss.
 
-The classes here are mixins: :func:`patchkernels.hf.enable` puts them before the class of the model, and before the
-class of PEFT's wrapper of one.
+The mixins here are put before the class of the model, and before that of its PEFT wrapper if it has one, by
+:func:`patchkernels.hf.enable`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.ops.patch_cross_entropy import patch_cross_entropy
 from patchkernels.ops.targets import mask_document_starts, next_patch_targets
 
-NO_CLASS = -1  # a target that no vocabulary holds: on a GPU the loss of its row is NaN
+NO_CLASS = -1  # a target outside every vocabulary: on a GPU its loss is NaN
 
 
 class PatchSizeError(ValueError):
@@ -40,7 +40,7 @@ def check_patch_size(patch_size: int) -> None:
 
 
 class PatchSizeMixin(SwappedClass):
-    """Gives a model, or PEFT's wrapper of one, the property ``patch_size``."""
+    """Gives a model or its PEFT wrapper the property ``patch_size``."""
 
     @property
     def patch_size(self) -> int:
@@ -54,13 +54,13 @@ class PatchSizeMixin(SwappedClass):
 
 
 class PatchStepMixin(PatchSizeMixin):
-    """Makes a causal language model's forward a patch step if ``patch_size > 1`` or the batch brings patches."""
+    """Makes a model's forward a patch step if ``patch_size > 1`` or the batch has ``shift_labels`` (B, P, K)."""
 
     _patch_parameters: tuple[str, ...]  # names of the parameters of the original forward, in order
 
     @classmethod
     def attributes_for(cls, original_class: Any) -> dict[str, Any]:
-        """A forward with the signature of the original: ``generate`` and ``Trainer`` inspect it."""
+        """A forward with the signature of the original one, because ``generate`` and ``Trainer`` inspect it."""
 
         @functools.wraps(original_class.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,9 +135,9 @@ def take_tokens(kwargs: dict[str, Any], patch_size: int, brings_patches: bool) -
 
 
 def convert_mask_and_positions(kwargs: dict[str, Any], ids: Tensor, target: Tensor, patch_size: int) -> Tensor:
-    """Replaces ``attention_mask`` and ``position_ids`` by those of patches; returns the targets that remain.
+    """Replaces ``attention_mask`` and ``position_ids`` with those of patches; returns the targets that remain.
 
-    The first patch of a document is a target of no row: what comes before it is another document.
+    No row predicts the first patch of a document, since the patch before it belongs to another document.
     """
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"], padded_left = patch_mask(kwargs["attention_mask"], ids, patch_size)
@@ -154,7 +154,7 @@ def convert_mask_and_positions(kwargs: dict[str, Any], ids: Tensor, target: Tens
 
 
 def patch_mask(attention_mask: Tensor, input_ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """A mask of tokens (B, T) to one of patches (B, P), and which rows (B) are padded on the left.
+    """Turns a mask of tokens (B, T) into one of patches (B, P), and says which rows (B) are padded on the left.
 
     A patch is attended to if its first token is.
     """
@@ -168,9 +168,9 @@ def patch_mask(attention_mask: Tensor, input_ids: Tensor, patch_size: int) -> tu
 
 
 def patch_positions(position_ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Positions of tokens (..., T) to positions of patches (..., P), and whether a document begins inside a patch (1).
+    """Turns positions of tokens (..., T) into those of patches (..., P). Both count from 0 in every document.
 
-    Both count from 0 in every document.
+    The second result, of shape (1), says whether a document begins inside a patch.
     """
     positions = position_ids.unflatten(-1, (-1, patch_size)) // patch_size
     first: Tensor = positions[..., 0]
@@ -180,8 +180,8 @@ def patch_positions(position_ids: Tensor, patch_size: int) -> tuple[Tensor, Tens
 def reject_rows(target: Tensor, rejected: Tensor, message: str) -> Tensor:
     """Raises ``PatchSizeError`` if a row (B or 1) is rejected.
 
-    On a GPU, where looking would wait for the device, the loss becomes NaN instead: rejected rows get targets that are
-    no class.
+    On a GPU, where reading ``rejected`` would wait for the device, the loss becomes NaN instead: rejected rows get
+    targets outside the vocabulary.
     """
     if rejected.device.type == "cpu":
         if bool(rejected.any()):
@@ -191,7 +191,7 @@ def reject_rows(target: Tensor, rejected: Tensor, message: str) -> Tensor:
 
 
 def embed_patches(embedding: Any, ids: Tensor, patch_size: int) -> Tensor:
-    """Token ids (B, T) to the mean embeddings of patches (B, P, D)."""
+    """Maps token ids (B, T) to the mean embeddings of patches (B, P, D)."""
     is_swapped = isinstance(embedding, PatchEmbeddingMixin)
     if not is_swapped:
         # A class of the model's own, or an adapter that was put around the embedding after enabling. Its output is
@@ -210,10 +210,10 @@ def patch_loss(
     num_items_in_batch: Any = None,
     **__: Any,
 ) -> Tensor:
-    """Takes the place of the model's ``loss_function`` in a patch step.
+    """Replaces the model's ``loss_function`` in a patch step.
 
-    With ``num_items_in_batch``, the Trainer's count of targets in all the batches of an optimizer step, the mean
-    becomes the sum over the targets of this batch divided by that count.
+    ``num_items_in_batch`` is the Trainer's count of targets in all the batches of an optimizer step. With it, the loss
+    is multiplied by this batch's number of targets and divided by that count, so that the batches add up to a mean.
     """
     loss: Any = step.loss
     if not step.fused:

@@ -1,4 +1,4 @@
-"""Finding out which patch step of a Hugging Face model is exact, by running the model on a few tokens."""
+"""Finds out which patch step of a Hugging Face model is exact, by running the model on a few tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from patchkernels.hf.modules import LogitMap, PatchState, runs_forward_of
 
 PATCH_SIZE, TOKENS = 2, 6
-# Relative, between the loss of repeated tokens and the loss of the tokens, which transformers computes in fp32.
+# Relative tolerance of all comparisons here. transformers computes its loss in fp32, whatever the model's dtype is.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -23,10 +23,10 @@ def probe_ids(model: Any) -> Tensor:
 
 
 def find_logit_map(model: Any, ids: Tensor) -> LogitMap | None:
-    """What lies between the output of the model's head and its loss function; None if it is no :class:`LogitMap`.
+    """The :class:`LogitMap` between the output of the model's head and its loss function; None if there is another.
 
-    One run: a hook replaces the head's output by known numbers, and what the loss function receives is compared with
-    them.
+    Runs the model once. A hook replaces the head's output with known numbers, and what the loss function receives is
+    compared with them.
     """
     head = model.get_output_embeddings()
     if not runs_forward_of(head, nn.Linear):
@@ -34,7 +34,7 @@ def find_logit_map(model: Any, ids: Tensor) -> LogitMap | None:
     z = torch.linspace(-3, 3, head.out_features).to(head.weight)
     try:
         received = logits_received(model, head, z, ids)
-    except Exception:  # the loss may still be exact if it is formed from the model's own logits, which is tried next
+    except Exception:  # the loss may still be exact if it is computed from the model's logits, which is tried next
         return None
     z = z.double()
     if len(received) != 1 or received[0].shape != z.shape:
@@ -51,7 +51,7 @@ def find_logit_map(model: Any, ids: Tensor) -> LogitMap | None:
 
 
 def logits_received(model: Any, head: nn.Module, z: Tensor, ids: Tensor) -> list[Tensor]:
-    """The first row (V) of what each call of the model's loss function receives if its head returns ``z`` (V)."""
+    """The first row (V) of logits that each call of the model's loss function receives if its head returns ``z``."""
     received: list[Tensor] = []
 
     def record(logits: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -73,7 +73,7 @@ def logits_received(model: Any, head: nn.Module, z: Tensor, ids: Tensor) -> list
 
 
 def token_loss(model: Any, ids: Tensor) -> float:
-    """The loss of the model's ordinary step on the tokens. One run."""
+    """The loss of the model's ordinary step on the tokens. Runs the model once."""
     with probing(model, 1):
         return float(model(input_ids=ids, labels=ids).loss)
 
@@ -81,16 +81,16 @@ def token_loss(model: Any, ids: Tensor) -> float:
 def inexactness(model: Any, ids: Tensor, expected: float) -> str:
     """Why the model's patch step is not exact, or an empty string if it is.
 
-    Two runs. The tokens, each repeated K times, in patches of K must give the loss of the tokens, ``expected``. And a
-    patch of different tokens must run: its mean is the embedding of no token, which some models look for in their
-    embedding table.
+    Runs the model twice. If every token is repeated K times, a step on patches of K must give the loss of the tokens,
+    ``expected``. And a step on patches of different tokens must run without an error: some models look up their input
+    embeddings in the embedding table, where means are not found.
     """
     tolerance = TOLERANCE[next(model.parameters()).dtype]
     repeated = ids.repeat_interleave(PATCH_SIZE, 1)
     try:
         with probing(model, PATCH_SIZE):
             loss = float(model(input_ids=repeated, labels=repeated).loss)
-            if not abs(loss - expected) <= tolerance * max(abs(expected), 1):  # true of NaN
+            if not abs(loss - expected) <= tolerance * max(abs(expected), 1):  # also true if the loss is NaN
                 return (
                     f"tokens repeated {PATCH_SIZE} times in patches give a loss of {loss:.6g}, "
                     f"the tokens {expected:.6g}"
@@ -107,9 +107,9 @@ def describe(error: Exception) -> str:
 
 @contextlib.contextmanager
 def probing(model: Any, patch_size: int) -> Iterator[None]:
-    """Steps of that patch size inside the block, without gradients and dropout.
+    """Steps inside the block have this patch size, and neither gradients nor dropout.
 
-    Afterwards the model's training mode and patch size and the random state are what they were.
+    Afterwards the model's training mode, its patch size and the random state are what they were.
     """
     state: PatchState = model._patch_state
     training, patch_size_before = model.training, state.settings.patch_size

@@ -1,8 +1,8 @@
 """A training set as the rows of one run through all phases, and the collator that cuts a batch of rows into patches.
 
-A row is what one position of a batch reads: at constant positions a step it is K examples one after the other, in a
-phase of patch size K; at constant raw tokens a step it is one example. Which examples a row holds depends on its number
-alone, so that a run that skips the rows it has read continues bit for bit.
+A row is one entry of a batch. With constant positions per step it is K examples one after the other in a phase of patch
+size K; with constant raw tokens per step it is one example. Which examples a row holds depends only on its number, so
+that a run that skips the rows it has read continues bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def example_schedule(phases: tuple[Phase, ...], examples: float, batch_size: int
 
     Args:
         phases: patch size and share of the examples of each phase.
-        examples: how many are read in all, those of later epochs included.
+        examples: how many are read in all. An example counts once in every epoch.
         batch_size: rows of an optimizer step, of all processes together.
         convention: ``"positions"`` or ``"tokens"``, as in :class:`patchkernels.schedule.Schedule`.
 
@@ -48,7 +48,7 @@ def example_schedule(phases: tuple[Phase, ...], examples: float, batch_size: int
 
 
 def examples_of_steps(phases: tuple[Phase, ...], steps: int, batch_size: int, convention: str) -> float:
-    """How many examples are read in so many steps, of all phases together."""
+    """How many examples ``steps`` steps read, over all phases together."""
     rows_per_example = cost_of(phases) if convention == "positions" else 1.0
     return steps * batch_size / rows_per_example
 
@@ -157,11 +157,11 @@ def unpack(example: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PatchCollator:
-    """Makes a batch of rows; a batch of a patch phase gets ``shift_labels`` (B, P, K), by which the model knows it.
+    """Makes a batch of rows. In a patch phase it adds ``shift_labels`` (B, P, K), which make it a patch step.
 
     Args:
-        collate: makes a batch with ``labels`` of a list of rows. By default rows are padded on the right.
-        pad_token_id: fills the padding, which has no labels.
+        collate: turns a list of rows into a batch with ``labels``. By default rows are padded on the right.
+        pad_token_id: the token of the padding, whose labels are ignored.
 
     Raises:
         ValueError: rows of several patch sizes, or a ``collate`` that gives no labels.

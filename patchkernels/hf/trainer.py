@@ -1,6 +1,6 @@
-"""transformers' Trainer through all phases of a run: ``PatchTrainer(..., phases="4:2/3,1:1/3")``.
+"""transformers' Trainer for runs in phases: ``PatchTrainer(..., phases="4:2/3,1:1/3")``.
 
-The batch says which phase it belongs to: rows of a patch phase bring ``shift_labels`` (B, P, K). Everything else is the
+A batch says which phase it belongs to: in a patch phase it has ``shift_labels`` (B, P, K). Everything else is the
 Trainer's own: its arguments, optimizer, checkpoints, accumulation, DDP and FSDP.
 """
 
@@ -34,29 +34,31 @@ from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import CONVENTIONS, SCOPES, Schedule, parse_phases
 
 SCHEDULE_FILE = "patch_schedule.json"
-AT_SWITCH = ("carry", "reset")
+OPTIMIZER_AT_SWITCH = ("carry", "reset")
 
 
 class PatchTraining:
-    """What :class:`PatchTrainer` adds to the Trainer, for one of your own: ``class Phases(PatchTraining, MyTrainer)``.
+    """The mixin that makes a Trainer run in phases. For your own: ``class Phases(PatchTraining, MyTrainer)``.
 
     The run reads ``num_train_epochs`` of the dataset, or takes ``max_steps`` optimizer steps, divided among the
     phases. In a phase of patch size K a row of a batch is K examples one after the other. All steps take the same
     number of rows, so that batch sizes and ``gradient_accumulation_steps`` need no change. An epoch ends where all
-    examples have been read, whatever the number of steps. Where one phase follows another there is a checkpoint,
+    examples have been read, whatever the number of steps. A checkpoint is written where one phase follows another,
     whatever ``save_strategy`` is, and a run that is resumed from any checkpoint continues as if it had not stopped.
     Evaluation is token-level in every phase.
 
-    Logged beside the Trainer's values: ``phase`` (from 1), ``patch_size``, ``raw_tokens_per_second``, and in patch
-    phases ``slot_loss_k``, the loss of the k-th token of the next patch.
+    The log also has ``phase`` (from 1), ``patch_size``, ``raw_tokens_per_second``, and in patch phases
+    ``slot_loss_k``, the loss of the k-th token of the next patch.
 
     Args:
-        *args, **kwargs: the Trainer's. The dataset's examples hold ``input_ids``, and ``labels`` where they differ.
+        *args, **kwargs: the Trainer's. The dataset's examples hold ``input_ids``, and ``labels`` if these differ.
         phases: patch size and share of each phase, in order.
-        shares_of: what the shares are of, ``"data"`` (PatchTrain's lambda) or ``"steps"`` (TST's r).
-        convention: constant ``"positions"`` a step, or constant raw ``"tokens"``: a row is then one example.
-        optimizer_at_switch: ``"carry"`` (TST) or ``"reset"`` (PatchTrain) the optimizer's state where a phase begins.
-        lr_scope: the learning rate's schedule, warmup included, over the whole ``"run"`` or anew in each ``"phase"``.
+        shares_of: the shares are those of the ``"data"`` (PatchTrain's lambda) or of the ``"steps"`` (TST's r).
+        convention: the number that is the same in all steps, ``"positions"`` or raw ``"tokens"``. With ``"tokens"`` a
+            row is one example in every phase.
+        optimizer_at_switch: where a phase begins, ``"carry"`` keeps the optimizer's state (TST) and ``"reset"`` clears
+            it (PatchTrain).
+        lr_scope: the learning rate's schedule, warmup included, spans the ``"run"`` or begins anew in each ``"phase"``.
         reduction: of the loss of patch steps, ``"mean"`` or ``"slot_mean"``.
 
     Raises:
@@ -76,7 +78,7 @@ class PatchTraining:
         **kwargs: Any,
     ) -> None:
         check_choice("convention", convention, CONVENTIONS)
-        check_choice("optimizer_at_switch", optimizer_at_switch, AT_SWITCH)
+        check_choice("optimizer_at_switch", optimizer_at_switch, OPTIMIZER_AT_SWITCH)
         check_choice("lr_scope", lr_scope, SCOPES)
         self.patch_phases = parse_phases(phases, shares_of, convention)
         self.convention, self.optimizer_at_switch, self.lr_scope = convention, optimizer_at_switch, lr_scope
@@ -106,7 +108,7 @@ class PatchTraining:
         return state
 
     def get_train_dataloader(self: Any) -> Any:
-        """The Trainer's dataloader over the rows of the run, in the place of its dataset's examples."""
+        """The Trainer's dataloader over the rows of the run instead of the examples of its dataset."""
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise ValueError("training needs a train_dataset")
@@ -148,7 +150,7 @@ class PatchTraining:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         assert self.schedule is not None
         optimizer = self.optimizer if optimizer is None else optimizer
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # the one that Accelerate's holds
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # the one inside Accelerate's wrapper
         schedulers = []
         for steps in self.schedule.steps:
             schedulers.append(super().create_scheduler(steps, optimizer))  # type: ignore[misc]
@@ -159,8 +161,8 @@ class PatchTraining:
     def _get_num_items_in_batch(self: Any, batch_samples: list[Any], device: Any) -> Any:
         """Counts the targets of patches and of tokens, and returns a whole number.
 
-        The Trainer's own count takes the labels after a row's first, so that targets are passed as labels with one
-        more in front. A floating-point count would be rounded by FSDP2's mixed precision.
+        The Trainer's own count leaves out the first label of every row, so it gets the targets with an ignored label
+        in front. A floating-point count would be rounded by FSDP2's mixed precision.
         """
         targets = [batch.get("shift_labels", batch.get("labels")) for batch in batch_samples]
         if all(target is not None for target in targets):
@@ -213,7 +215,7 @@ class PatchTraining:
 
     @contextlib.contextmanager
     def _meters_paused(self: Any) -> Iterator[None]:
-        """Evaluations and checkpoints do not count as time of training."""
+        """Stops the clock inside the block: evaluations and checkpoints do not count as training time."""
         begin = time.perf_counter()
         try:
             yield
@@ -225,7 +227,7 @@ class PatchTraining:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def schedule_settings(self: Any) -> dict[str, Any]:
-        """What a run must have in common with the checkpoint that it resumes from."""
+        """The settings that a run must have in common with the checkpoint from which it resumes."""
         assert self.schedule is not None
         return {
             "phases": [[phase.patch_size, steps] for phase, steps in zip(self.schedule.phases, self.schedule.steps)],
@@ -287,7 +289,7 @@ def is_stream(dataset: Any) -> bool:
 
 
 class PhaseCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """What a PatchTrainer does where a phase begins or ends, and where an epoch of the examples ends."""
+    """Resets, saves, logs and evaluates where a phase begins or ends and where an epoch of the examples ends."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -306,14 +308,14 @@ class PhaseCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             control.should_save = control.should_log = True
         state.epoch = self.epochs_before(step)
         ends_epoch = int(state.epoch) > int(self.epochs_before(step - 1))
-        if ends_epoch and step < schedule.total_steps:  # at the end of the run the Trainer does so itself
+        if ends_epoch and step < schedule.total_steps:  # at the end of the run the Trainer does this itself
             control.should_log |= args.logging_strategy == "epoch"
             control.should_evaluate |= args.eval_strategy == "epoch"
             control.should_save |= args.save_strategy == "epoch"
         return control
 
     def epochs_before(self, step: int) -> float:
-        """Epochs of the examples read before a step; for a stream, whose length is unknown, the part of the run."""
+        """Epochs of the examples read before a step; for a stream, whose length is unknown, the fraction of the run."""
         schedule, dataset = self.trainer.schedule, self.trainer.train_dataset
         if is_stream(dataset):
             return float(step / schedule.total_steps)
@@ -321,7 +323,7 @@ class PhaseCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 class PatchTrainer(PatchTraining, Trainer):  # type: ignore[misc,unused-ignore]
-    """transformers' Trainer through all phases of a run, with one optimizer and one sequence of checkpoints.
+    """transformers' Trainer for a run in phases, with one optimizer and one sequence of checkpoints.
 
     Takes the arguments of the Trainer and those of :class:`PatchTraining`, which says what a run reads, logs and
     refuses. The model is enabled (:func:`patchkernels.hf.enable`); what ``save_model`` writes is an ordinary model.

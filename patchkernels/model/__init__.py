@@ -1,4 +1,4 @@
-"""The library's own language model: its settings, the network, and Hugging Face folders of it."""
+"""The library's own language model: its settings, the network, and its Hugging Face folders."""
 
 from patchkernels.model.config import PRESETS, PatchLMConfig
 from patchkernels.model.patch_lm import PatchLM

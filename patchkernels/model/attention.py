@@ -23,7 +23,7 @@ logger = logging.getLogger("patchkernels")
 class FlashPackage(NamedTuple):
     module: str  # to import
     distribution: str  # to install
-    majors: range  # compute capabilities (their major number) that it has kernels for
+    majors: range  # major compute capabilities that it has kernels for
 
 
 # In order of preference: the first that runs on the GPU is taken.
@@ -41,22 +41,23 @@ def attention(
     v: Tensor,  # (B, P, H_kv, hd)
     *,
     document_ids: Tensor | None = None,  # (B, P), non-decreasing along P
-    backend: str = "auto",
+    implementation: str = "auto",
 ) -> Tensor:  # (B, P, H, hd)
     """Causal attention with grouped queries: H is a multiple of H_kv.
 
-    ``backend="auto"`` takes the best FlashAttention that is installed and has kernels for the GPU, for bf16 and fp16
+    ``implementation="auto"`` takes the best FlashAttention that is installed and has kernels for the GPU, for bf16 and
+    fp16
     on CUDA, and ``scaled_dot_product_attention`` otherwise. The choice is logged once. Document ids cost FlashAttention
     one synchronisation with the host, because the number of documents decides a tensor's size, and cost
     ``scaled_dot_product_attention`` a mask of shape ``(B, 1, P, P)``.
 
     Raises:
-        ValueError: an unknown backend.
-        RuntimeError: a FlashAttention that was asked for by name and cannot run here, with the reason.
+        ValueError: an unknown implementation.
+        RuntimeError: a FlashAttention is asked for by name and cannot run here. The message has the reason.
     """
-    if backend not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {ATTENTIONS}, got {backend!r}")
-    chosen = choose(backend, q.device, q.dtype)
+    if implementation not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {ATTENTIONS}, got {implementation!r}")
+    chosen = choose_attention(implementation, q.device, q.dtype)
     if chosen == "sdpa":
         return _sdpa(q, k, v, document_ids)
     dense, packed = _flash_functions(chosen)
@@ -74,27 +75,27 @@ def attention(
     return _output(out).view_as(q)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler calls it once, while it traces
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the implementation that runs: ``"sdpa"`` or a key of ``FLASH``. Logged once for device and dtype."""
-    return _choose(backend, device, dtype)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it once, while tracing
+def choose_attention(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the implementation that runs: ``"sdpa"`` or a key of ``FLASH``. Logged once per device and dtype."""
+    return _choose_cached(implementation, device, dtype)
 
 
 @functools.cache
-def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    if backend == "auto":
-        usable = [name for name in FLASH if unavailable(name, device, dtype) is None]
+def _choose_cached(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    if implementation == "auto":
+        usable = [name for name in FLASH if reason_unavailable(name, device, dtype) is None]
         chosen = usable[0] if usable else "sdpa"
     else:
-        chosen = backend
-        reason = None if backend == "sdpa" else unavailable(backend, device, dtype)
+        chosen = implementation
+        reason = None if implementation == "sdpa" else reason_unavailable(implementation, device, dtype)
         if reason is not None:
-            raise RuntimeError(f"attention={backend!r} cannot run: {reason}")
+            raise RuntimeError(f"attention={implementation!r} cannot run: {reason}")
     logger.info("attention on %s in %s: %s", device, dtype, chosen)
     return chosen
 
 
-def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def reason_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this FlashAttention cannot run, or None if it can.
 
     A package that is installed but fails while it is imported raises its own error: the installation is broken, and
@@ -121,7 +122,7 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def _flash_functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The package's function for whole rows, and that for packed documents."""
+    """The package's functions for whole rows and for packed documents."""
     module = importlib.import_module(FLASH[name].module)
     return module.flash_attn_func, module.flash_attn_varlen_func
 
@@ -147,9 +148,10 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def _document_edges(document_ids: Tensor) -> tuple[Tensor, int]:
-    """Where the documents of all rows, laid end to end, begin and end (FlashAttention's ``cu_seqlens``); the longest.
+    """The edges of the documents of all rows, laid end to end, and the length of the longest document.
 
-    Two neighbouring edges enclose a document: with n documents the edges have shape ``(n + 1,)``, dtype int32.
+    These are FlashAttention's ``cu_seqlens`` and ``max_seqlen``. Two neighbouring edges enclose a document: with n
+    documents the edges have shape ``(n + 1,)``, dtype int32.
     """
     starts = document_starts(document_ids).flatten().nonzero().flatten()
     edges = F.pad(starts, (0, 1), value=document_ids.numel()).int()

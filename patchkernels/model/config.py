@@ -58,17 +58,17 @@ class PatchLMConfig:
 
     @property
     def head_size(self) -> int:
-        """``head_dim``, or what follows from the hidden size where it is None."""
+        """``head_dim``, or ``hidden_size / num_attention_heads`` if it is None."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def key_value_heads(self) -> int:
-        """``num_key_value_heads``, or the number of attention heads where it is None."""
+        """``num_key_value_heads``, or ``num_attention_heads`` if it is None."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PatchLMConfig:
-        """The settings of that name in ``PRESETS``, with some of them changed. ``ValueError`` for an unknown name."""
+        """The settings called ``name`` in ``PRESETS``, with ``changes``. Raises ValueError for an unknown name."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
         return dataclasses.replace(PRESETS[name], **changes)

@@ -1,4 +1,4 @@
-"""What training a model costs: FLOPs of a step, and memory on a GPU."""
+"""The cost of training a model: FLOPs of a step, and memory on a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from patchkernels.schedule import Schedule
 
 
 def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: int) -> int:
-    """FLOPs of one forward and backward over ``rows`` of ``positions``, counted on the meta device.
+    """FLOPs of one forward and backward over ``rows`` rows of ``positions`` positions, counted on the meta device.
 
-    These are the usual model FLOPs: matrix products alone, attention's full square included, recomputation left out.
+    These are the usual model FLOPs: matrix products only, attention over all pairs of positions, no recomputation.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +28,7 @@ def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: in
         ids = torch.zeros(1, positions * patch_size, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, ids, patch_size).backward()
-    return rows * int(counter.get_total_flops())  # FLOPs are proportional to the rows, so that one is enough
+    return rows * int(counter.get_total_flops())  # FLOPs are proportional to the rows, so one is enough
 
 
 def step_flops(config: PatchLMConfig, schedule: Schedule) -> list[int]:
@@ -42,21 +42,23 @@ def step_flops(config: PatchLMConfig, schedule: Schedule) -> list[int]:
 def memory_bytes(
     config: PatchLMConfig, rows: int, positions: int, shards: int = 1, tensor_parallel: int = 1
 ) -> dict[str, int]:
-    """An estimate of the memory on one GPU, by what it holds: fp32 parameters, bf16 autocast, AdamW.
+    """An estimate of the memory that training takes on one GPU, for fp32 parameters, bf16 autocast and AdamW.
 
         16 N / (S TP)  +  4 (N_b + N_r) / TP  +  activations / TP  +  logits  +  4 V D / TP
 
-    N are the model's parameters, S = ``shards`` those of FSDP, TP = ``tensor_parallel``.
+    N is the number of parameters, S = ``shards`` the number of FSDP's shards, TP = ``tensor_parallel`` the number of
+    processes over which tensor parallelism divides each layer.
 
-    - Parameters, gradients and AdamW's two moments take 4 bytes each, 16 a parameter.
+    - Parameters, gradients and AdamW's two moments take 4 bytes each, 16 per parameter.
     - With FSDP (S > 1) two units are whole at a time, the one at work and the one fetched ahead: a block of N_b
       parameters, and the root of N_r (embedding, last norm and head).
-    - Activations take ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes a position in each layer, where H_q and H_kv are the
-      widths of queries and keys and F that of the MLP. With activation checkpointing every layer keeps ``2 D`` bytes a
-      position, and one layer at a time all of them.
+    - Activations take ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes per position in each layer, where H_q and H_kv are the
+      widths of queries and keys and F that of the MLP. With activation checkpointing every layer keeps ``2 D`` bytes
+      per position, and only one layer at a time keeps everything.
     - The logits take the fused loss's buffer, and the head's gradient ``4 V D`` bytes in fp32.
 
-    A patch phase needs the same at equal positions a step; at equal raw tokens a step its activations are 1/K of it.
+    A patch phase with as many positions per step needs the same. With as many raw tokens per step, its activations take
+    1/K of this.
     """
     with torch.device("meta"):
         model = PatchLM(config)

@@ -1,6 +1,6 @@
-"""Settings and weights as an ordinary Hugging Face folder, without transformers: config.json and safetensors.
+"""Writes and reads a model as a Hugging Face folder (config.json and safetensors) without transformers.
 
-A folder holds a LLaMA, or a Qwen3 where queries and keys are normalised. Its weights have the names of
+A folder holds a LLaMA, or a Qwen3 if queries and keys are normalised. Its weights have the names of
 ``PatchLM.state_dict()``, which are those of ``LlamaForCausalLM`` and ``Qwen3ForCausalLM``.
 """
 
@@ -19,7 +19,7 @@ from patchkernels.files import replace_file
 from patchkernels.model.config import PatchLMConfig
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
-HEAD_WEIGHT = "lm_head.weight"  # not stored where it is tied to the embedding
+HEAD_WEIGHT = "lm_head.weight"  # not stored if it is tied to the embedding
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 REQUIRED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -59,9 +59,9 @@ def write_folder(
 
 
 def read_folder(directory: str | os.PathLike[str]) -> tuple[PatchLMConfig, dict[str, Tensor]]:
-    """The settings and the weights of a folder, whose weights are one file or several.
+    """The settings and the weights of a folder. The weights may be in one file or in several.
 
-    The weights are as stored: not compared with the settings, and without a head that is tied to the embedding.
+    The weights are returned as stored: they are not checked against the settings, and a tied head is not among them.
 
     Raises:
         FileNotFoundError: no such folder, configuration or weights.

@@ -1,8 +1,7 @@
 """A LLaMA-shaped language model over patches: patch embedding, transformer, head with the K-token loss.
 
 Modules and parameters have Hugging Face's names, so that ``state_dict()`` has the names of ``LlamaForCausalLM`` (with
-QK-norm those of ``Qwen3ForCausalLM``). The patch size is an argument of the call, and positions are positions of
-patches.
+QK-norm those of ``Qwen3ForCausalLM``). The patch size is an argument of the call, and a position is a patch.
 """
 
 from __future__ import annotations
@@ -53,13 +52,13 @@ class PatchLM(nn.Module):
 
         Args:
             input_ids: token ids, T divisible by ``patch_size``.
-            labels: usually ``input_ids`` themselves: the model moves them on by one patch. -100 is ignored.
+            labels: usually ``input_ids`` itself: the model shifts them by one patch. Labels of -100 are ignored.
             patch_size: K. 1 makes it an ordinary language model.
-            reduction: that of :func:`patchkernels.patch_cross_entropy`; ``"none"`` gives ``(B, T / K, K)``.
-            document_ids: which of several documents packed into a row each token belongs to. Documents must begin on
-                patch boundaries. Positions restart with each document, no position sees another document, and none
-                predicts the first patch of the next one. On a GPU, where looking at the ids would cost a
-                synchronisation, a patch that straddles two documents counts to the document of its first token.
+            reduction: as in :func:`patchkernels.patch_cross_entropy`; ``"none"`` gives ``(B, T / K, K)``.
+            document_ids: the document of each token, if several documents are packed into a row. Documents must begin
+                on patch boundaries. Positions restart with each document, no position sees another document, and none
+                predicts the first patch of the next one. On a GPU, where checking the ids would cost a synchronisation,
+                a patch that straddles two documents is taken as part of its first token's document.
 
         Raises:
             ValueError: shapes that do not fit, T not divisible by K, more positions than the model has, a patch
@@ -109,7 +108,7 @@ class PatchLM(nn.Module):
     def from_pretrained(
         cls, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **changes: Any
     ) -> PatchLM:
-        """The model in a Hugging Face folder of a LLaMA or a Qwen3, whose weights are one file or several.
+        """The model in a Hugging Face folder of a LLaMA or a Qwen3. Its weights may be in one file or in several.
 
         Args:
             dtype: of the parameters; None keeps that of the file.
@@ -141,9 +140,9 @@ class PatchLM(nn.Module):
 
 
 def patch_targets(labels: Tensor, patch_size: int, document_ids: Tensor | None) -> Tensor:
-    """The targets of every patch, ``(B, T / K, K)``: the next patch's tokens, if it is of the same document.
+    """The targets of every patch, ``(B, T / K, K)``: the tokens of the next patch if it is of the same document.
 
-    :func:`patchkernels.next_patch_targets`, with the first patch of every document ignored.
+    These are :func:`patchkernels.next_patch_targets` with the first patch of every document ignored.
     """
     target = next_patch_targets(labels, patch_size)
     if document_ids is None:
@@ -161,7 +160,7 @@ def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Everything below the head: ``input_ids (B, T)`` and ``documents (B, P)`` to hidden states ``(B, P, D)``."""
+    """Everything below the head: maps ``input_ids (B, T)`` and ``documents (B, P)`` to hidden states ``(B, P, D)``."""
 
     def __init__(self, config: PatchLMConfig) -> None:
         super().__init__()
@@ -196,7 +195,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer: attention and MLP, each behind an RMSNorm and added to what it read."""
+    """A transformer layer: attention and MLP, each preceded by an RMSNorm and added to its input."""
 
     def __init__(self, config: PatchLMConfig) -> None:
         super().__init__()
@@ -216,7 +215,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: PatchLMConfig) -> None:
         super().__init__()
-        self.backend = config.attention
+        self.attention = config.attention
         self.head_size = config.head_size
         query_size = config.num_attention_heads * config.head_size
         key_size = config.key_value_heads * config.head_size
@@ -232,9 +231,9 @@ class Attention(nn.Module):
             rearrange(projection(x), "b p (h d) -> b p h d", d=self.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Under autocast the norms' fp32 weights widen q and k; attention wants all three in one dtype.
+        # Under autocast the norms' fp32 weights turn q and k into fp32, but attention needs all three in one dtype.
         q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
-        out = attention(q, k, v, document_ids=documents, backend=self.backend)
+        out = attention(q, k, v, document_ids=documents, implementation=self.attention)
         projected: Tensor = self.o_proj(rearrange(out, "b p h d -> b p (h d)"))
         return projected
 
@@ -256,7 +255,7 @@ class MLP(nn.Module):
 def rotary_table(x: Tensor, documents: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)`` (RoFormer, arXiv 2104.09864).
 
-    Positions restart with every document. The angles are formed in fp32 and the results cast to the dtype of ``x``.
+    Positions restart with every document. The angles are computed in fp32 and the results cast to the dtype of ``x``.
     """
     position = torch.arange(x.shape[1], device=x.device)[None] if documents is None else document_positions(documents)
     exponent = torch.arange(0, config.head_size, 2, device=x.device).float() / config.head_size

@@ -1,1 +1,1 @@
-"""The operators: contract, autograd and registration of each. Their arithmetic is in ``kernels`` and ``eager``."""
+"""The contract, autograd and registration of every operator. The arithmetic is in ``kernels`` and ``eager``."""

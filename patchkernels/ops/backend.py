@@ -1,7 +1,7 @@
-"""Which backend computes: Triton kernels for tensors on a GPU, PyTorch code elsewhere.
+"""The choice of the backend: Triton kernels for tensors on a GPU, PyTorch code elsewhere.
 
 The folders ``kernels`` (Triton) and ``eager`` (PyTorch) hold the same modules with the same functions. The operators
-take theirs from :func:`implementation`; no other code asks which backend runs.
+get these modules from :func:`implementation`; no other code depends on the backend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDERS = {"triton": "patchkernels.kernels", "eager": "patchkernels.eager"}
 def implementation(operator: str, backend: str) -> Any:
     """The module of an operator (``"patch_embedding"``, ``"cross_entropy"``) in the folder of a backend.
 
-    It is imported when it is first needed, because the kernels bring Triton with them.
+    It is imported on first use, because the kernels import Triton.
     """
     return importlib.import_module(f"{FOLDERS[backend]}.{operator}")
 
@@ -30,7 +30,7 @@ def implementation(operator: str, backend: str) -> Any:
 def choose_backend(backend: str, tensor: Tensor) -> str:
     """The backend, ``"triton"`` or ``"eager"``, that runs for ``tensor``.
 
-    ``"auto"`` is Triton for a tensor on a GPU, without falling back in silence, and eager elsewhere.
+    ``"auto"`` is Triton for a tensor on a GPU, where it never falls back to eager, and eager elsewhere.
 
     Raises:
         ValueError: an unknown name.

@@ -1,8 +1,7 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts for the fused losses: their matrix products.
+"""FLOP formulas of the fused losses for ``torch.utils.flop_counter.FlopCounterMode``: their matrix products.
 
-``torch.utils.flop_counter`` imports Triton, which takes longer than importing this package. So the formulas are not
-registered when the operators are, but by a hook that runs when somebody imports the counter. If the counter has been
-imported before, they are registered at once.
+``torch.utils.flop_counter`` imports Triton, which takes longer than importing this package. The formulas are therefore
+registered by an import hook, when the counter is imported, or at once if it has been imported already.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def logits_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) ->
 
 
 def linear_flops(x: Any, weight: Any, bias: Any, target: Any, c: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
-    """``2 N V D`` for the logits and, where gradients are formed, as much for each of dx and dW."""
+    """``2 N V D`` for the logits and, if gradients are computed, as much for each of dx and dW."""
     need_dx, need_dw, _need_db = needs
     return logits_flops(x, weight) * (1 if c is None else 1 + need_dx + need_dw)
 
@@ -32,13 +31,13 @@ def linear_flops(x: Any, weight: Any, bias: Any, target: Any, c: Any, needs: Seq
 def slices_backward_flops(
     c: Any, x: Any, weight: Any, bias: Any, target: Any, lse: Any, needs: Sequence[bool], *_: Any, **__: Any
 ) -> int:
-    """``2 N V D`` for the logits, which are formed again, and as much for each of dx and dW."""
+    """``2 N V D`` for the logits, which are computed again, and as much for each of dx and dW."""
     need_dx, need_dw, _need_db = needs
     return logits_flops(x, weight) * (1 + need_dx + need_dw)
 
 
 def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """``formula`` counts ``operator`` under ``FlopCounterMode``, whichever of the two is imported first."""
+    """Makes ``FlopCounterMode`` count ``operator`` by ``formula``, whether it was imported before or will be later."""
 
     def register() -> None:
         from torch.utils.flop_counter import register_flop_formula
@@ -52,7 +51,7 @@ def register_flops(operator: Any, formula: Callable[..., int]) -> None:
 
 
 class _AfterImport:
-    """An import hook that leaves finding the counter to others and acts once the counter has been imported."""
+    """An import hook that calls ``action`` once the counter has been imported. Other finders find the counter."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action

@@ -1,6 +1,6 @@
-"""What the three implementations of the fused linear loss share: budgets, chunks, products, outputs, scales.
+"""Shared by the three implementations of the fused linear loss: budgets, chunks, products, outputs, scales.
 
-They work by chunks of rows, by slices of the vocabulary, or with a vocabulary that is sharded over processes.
+They work on chunks of rows, on slices of the vocabulary, and on chunks of rows with a sharded vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from patchkernels.numerics import accumulation_dtype
 
 # Bytes of logits that are held at a time. The fp32 gradient of the head is read and written once for every chunk of
-# rows, so few large chunks are fast. A loss without gradients has no such sum and takes smaller chunks.
+# rows, so few large chunks are faster. A loss without gradients has no such sum and takes smaller chunks.
 LOGITS_BYTES = {"cuda": 2**30, "cpu": 2**26}
 LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
 
@@ -67,7 +67,7 @@ def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, summed in the dtype of ``total``.
 
-    On a GPU factors of 16 bits are multiplied as they are; elsewhere they are first cast to the dtype of ``total``.
+    On a GPU, 16-bit factors are multiplied as they are; elsewhere they are first cast to the dtype of ``total``.
     """
     if a.is_cuda and a.dtype == b.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -86,7 +86,7 @@ def new_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D), db (V)
     """Memory for the losses and gradients; gradients that are not needed are empty. dW and db are sums in fp32.
 
-    It takes the arguments of the operators that return these four tensors, so that it also is their fake.
+    It takes the arguments of the operators that return these four tensors, so that it is also their fake.
     """
     dtype = accumulation_dtype(x.dtype)
     need_dx, need_dw, need_db = (c is not None and needed for needed in needs)
@@ -101,8 +101,8 @@ def new_outputs(
 def power_of_two_scale(c: Tensor) -> tuple[Tensor, Tensor]:
     """``(scale, c / scale)`` with ``1 <= max |c / scale| < 2``.
 
-    dlogits formed from it are of order 1 and do not vanish in fp16, whatever N is. The scale is a power of two, so
-    that multiplying a rounded gradient by it rounds nothing.
+    dlogits computed from ``c / scale`` are of order 1 and do not underflow in fp16, whatever N is. The scale is a power
+    of two, so that multiplying a rounded gradient by it is exact.
     """
     largest = c.abs().amax() if c.numel() else c.sum()
     scale = torch.where(largest != 0, largest.log2().floor().exp2(), 1)

@@ -1,11 +1,11 @@
-"""Operator 2 with the head fused in: K-token cross entropy of ``input @ linear_weight.T``, logits never kept.
+"""The fused loss: K-token cross entropy of ``input @ linear_weight.T`` without keeping the logits.
 
 This file holds the contract and autograd. The arithmetic is in :mod:`patchkernels.ops.linear_row_chunks`, in
 :mod:`patchkernels.ops.linear_vocab_shards` for a head in shards, and in :mod:`patchkernels.ops.linear_vocab_slices` for
 ``memory="low"``.
 
-Where gradients are needed and the reduction is a scalar, they are formed in the forward, and the backward scales them
-by the upstream gradient, out of place. ``reduction="none"`` forms them in the backward.
+If the loss is a scalar and gradients are needed, the forward computes them, and the backward only scales them by the
+upstream gradient, out of place. With ``reduction="none"`` or ``memory="low"`` the backward computes them.
 """
 
 from __future__ import annotations
@@ -49,34 +49,35 @@ def linear_patch_cross_entropy(
     r"""``patch_cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`` without keeping the logits.
 
     Argument names follow ``torch.nn.functional.linear_cross_entropy``; the loss and its options are those of
-    :func:`patch_cross_entropy`. Three matrix products in all where gradients of a scalar loss are needed, one
-    otherwise; their cost does not depend on K.
+    :func:`patch_cross_entropy`. It takes three matrix products in all if gradients of a scalar loss are needed, four
+    for those of ``reduction="none"``, and one without gradients. Their cost does not depend on K.
 
     Args:
         input: hidden states, shape ``(..., D)``; float32, bfloat16, float16 (float64 too in the eager backend).
         linear_weight: the head, shape ``(V, D)``, the dtype of ``input``. Under ``torch.autocast`` both are cast
             to autocast's dtype, as ``F.linear`` does. A DTensor of placements ``Shard(0)`` is a head sharded by its
-            rows (vocabulary parallel): every process gives the same input and targets, which are classes of the
-            whole vocabulary; loss and ``dx`` are the same on all processes.
+            rows (vocabulary parallel): every process passes the same input, and the same targets as classes of the
+            whole vocabulary; the loss and the gradient of ``input`` are the same on all processes.
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
         linear_bias: shape ``(V,)``, sharded as the head is.
-        target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as
+        target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as in
             :func:`patch_cross_entropy`.
-        memory: ``"default"``, or ``"low"``: the logits exist in vocabulary slices only, dW in no other dtype than its
-            own, for one more matrix product (four).
-        logits_bytes: the memory that logits may take at a time; by default ``LOGITS_BYTES`` of the device, and for
-            ``memory="low"`` 1/128 of ``2 N V`` bytes, or 1 MiB where that is more.
-        return_losses: returns ``(loss, losses)``, at no further cost. ``losses`` are those that were reduced:
-            unweighted, without gradient, in the shape of ``target``, 0 where that is ignored.
+        memory: ``"default"``, or ``"low"``, which takes four matrix products: only a slice of the vocabulary has
+            logits at a time, and the head's gradient is never summed in a copy of another dtype.
+        logits_bytes: the memory that logits may take at a time. By default it is ``LOGITS_BYTES`` of the device if the
+            forward computes gradients and ``LOGITS_BYTES_LOSS_ONLY`` if not; for ``memory="low"`` it is 1/128 of
+            ``2 N V`` bytes, or 1 MiB if that is more.
+        return_losses: returns ``(loss, losses)``, at no further cost. ``losses`` are those before weighting and
+            reduction, without gradient, in the shape of ``target``; 0 for ignored targets.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
-        is the logits budget, plus ``4 V D`` bytes for dW in fp32 where the head needs a gradient; for
-        ``memory="low"`` the logits budget, plus ``4 N D`` bytes where the input is of 16 bits and needs a gradient.
+        is ``logits_bytes``, plus ``4 V D`` bytes for dW in fp32 if the head needs a gradient; for ``memory="low"`` it
+        is ``logits_bytes``, plus ``4 N D`` bytes if the input has 16 bits and needs a gradient.
 
     Raises:
-        ValueError, TypeError, RuntimeError, IndexError: as :func:`patch_cross_entropy`; ValueError too for a head or
+        ValueError, TypeError, RuntimeError, IndexError: as :func:`patch_cross_entropy`; also ValueError for a head or
             bias whose shape, dtype, device or placements do not fit the input, and for an unknown ``memory``.
     """
     if linear_weight.ndim != 2 or input.ndim == 0 or input.shape[-1] != linear_weight.shape[1]:
@@ -126,7 +127,7 @@ def _check_settings(
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``F.linear`` would compute with under autocast."""
+    """Casts the tensors as ``F.linear`` does under autocast."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
         return x, weight, bias
@@ -168,7 +169,7 @@ class _Call(NamedTuple):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """The weighted sum ``sum c l``. Its gradients are formed in the forward, and the backward only scales them."""
+    """The weighted sum ``sum c l``. The forward computes its gradients, and the backward only scales them."""
 
     @staticmethod
     def forward(
@@ -199,7 +200,7 @@ class _LinearLoss(torch.autograd.Function):
 class _LinearLosses(torch.autograd.Function):
     """The losses of all targets, ``l (N, K)``.
 
-    ``c``, the gradient with respect to them, is known only in the backward, which therefore forms the logits again.
+    ``c``, the gradient with respect to them, is known only in the backward, which therefore computes the logits again.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The fused linear loss by chunks of rows, each as large as a budget for its logits allows.
+"""The fused linear loss by chunks of rows, each as large as the budget for its logits allows.
 
-A chunk is three matrix products and one pass over its logits, which become dlogits in place:
+A chunk takes three matrix products and one pass over its logits, which become dlogits in place:
 
     z = x W^T;   z -> l, dz;   dx = dz W;   dW += dz^T x   (summed in fp32, cast once by the caller)
 """

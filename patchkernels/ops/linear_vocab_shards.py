@@ -1,11 +1,13 @@
 """The fused linear loss on a head whose rows, the vocabulary, are sharded over processes (Megatron-LM's layout).
 
-Every process r holds the same input and targets, and its own classes. For each chunk of rows it computes
+Every process r holds the same input and targets, and the head's rows of its own classes. For each chunk of rows of the
+input it computes
 
     z_r = x W_r^T;   max over ranks;   sum over ranks of [sum exp(z - max), sum z, the targets' z];   z_r -> dz_r
 
-``dx = sum over ranks of dz_r W_r`` is taken once for all rows, and ``dW_r = dz_r^T x`` needs no communication. The two
-reductions of a chunk carry ``(3 + K) n`` numbers, whatever V is, so that K targets need no more reductions than one.
+``dx = sum over ranks of dz_r W_r`` is reduced once for all rows, and ``dW_r = dz_r^T x`` needs no communication. The
+two reductions of a chunk of n rows carry ``(3 + K) n`` numbers, whatever V is. K targets need no more reductions than
+one target.
 """
 
 from __future__ import annotations
@@ -51,9 +53,8 @@ def _losses_and_gradients(
     dx.zero_(), dw.zero_(), db.zero_()
     target = target.contiguous()
     cross_entropy.check_targets(target, vocab, options.ignore_index)
-    largest_shard = -(
-        -vocab // process_group(group).size()
-    )  # it decides the chunks, so that they are the same on all ranks
+    # The largest shard decides the size of the chunks, so that it is the same on all ranks.
+    largest_shard = -(-vocab // process_group(group).size())
     chunk = chunk_rows(len(x), largest_shard * x.element_size(), logits_bytes)
     buffer = cross_entropy.logits_buffer(min(chunk, len(x)), weight)
     for rows, z in logits_chunks(x, weight, bias, chunk, buffer):
@@ -82,9 +83,9 @@ def _statistics(
     target: Tensor,  # (n, K)
     shard: VocabShard,
     options: LossOptions,
-    cross_entropy: Any,  # the backend's module of that name
+    cross_entropy: Any,  # the backend's module of this name
 ) -> tuple[Tensor, Tensor, Tensor]:  # lse (n), the logits of the targets (n, K), the mean logit (n)
-    """The statistics of rows over all shards; the logits stay as they are."""
+    """The statistics of rows over all shards. The logits stay unchanged."""
     local = z.new_zeros(3, len(z), dtype=accumulation_dtype(z.dtype))
     local[0] = -torch.inf
     picked = z.new_zeros(target.shape, dtype=local.dtype)

@@ -5,9 +5,9 @@ The logits exist for a few classes of all rows at a time:
     forward    z_s = x W_s^T;   updates max, sum exp, sum z and z[target] of each row        1 product
     backward   z_s = x W_s^T;   dz_s in place;   dW_s = dz_s^T x;   dx += dz_s W_s           3 products
 
-Between the two only the log-sum-exp of each row is kept. A slice of dW is one product, formed in place and in its
-own dtype, so that no fp32 dW exists; dx is summed in fp32. No gradient is left out, however small (Cut Cross
-Entropy's filter, arXiv 2411.09009, section 4.3, is biased while the model is young).
+Only the log-sum-exp of each row is kept from the forward for the backward. A slice of dW is one product, written in
+place in the dtype of dW, so that no fp32 dW exists; dx is summed in fp32. No gradient is left out, however small: the
+filter of Cut Cross Entropy (arXiv 2411.09009, section 4.3) is biased early in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_
 from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
 from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
 
-SMALLEST_SLICE_BYTES = 2**20  # matrix products with a thinner slice are slow
+SMALLEST_SLICE_BYTES = 2**20  # matrix products with a smaller slice are slow
 
 
 def vocab_slice_losses(
@@ -45,14 +45,17 @@ def vocab_slice_losses(
 
 
 def slice_columns(vocab: int, column_bytes: int, budget: int) -> int:
-    """Classes of a slice: as many as the budget holds, in multiples of 128 where it holds so many, else of 16."""
+    """The number of classes of a slice: as many as the budget holds, but at least ``min(16, V)``.
+
+    It is a multiple of 128 if the budget holds so many, else of 16.
+    """
     most = max(budget // max(column_bytes, 1), 1)
     multiple = 128 if most >= 128 else 16
     return min(max(most // multiple, 1) * multiple, vocab)
 
 
 class _VocabSliceLosses(torch.autograd.Function):
-    """``l (N, K)`` and ``lse (N)``; the backward forms the logits once more."""
+    """``l (N, K)`` and ``lse (N)``; the backward computes the logits once more."""
 
     @staticmethod
     def forward(
@@ -96,7 +99,7 @@ def _forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V)
     target: Tensor,  # (N, K)
-    slice_bytes: int,  # what the logits of a slice may take
+    slice_bytes: int,  # the budget for the logits of a slice
     backend: str,
     *loss_options: Any,
 ) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
@@ -129,7 +132,7 @@ def _backward(
     target: Tensor,  # (N, K)
     lse: Tensor,  # (N)
     needs: list[bool],  # gradients of x, weight, bias
-    slice_bytes: int,  # what the logits of a slice may take
+    slice_bytes: int,  # the budget for the logits of a slice
     backend: str,
     *loss_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dW (V, D), db (V) in the dtype of x; empty if not needed
@@ -159,7 +162,7 @@ def _slices(
     bias: Tensor | None,  # (V)
     slice_bytes: int,
     options: LossOptions,
-    cross_entropy: Any,  # the backend's module of that name
+    cross_entropy: Any,  # the backend's module of this name
 ) -> Iterator[tuple[int, Tensor]]:
     """The first class of each slice and its logits, which lie in one buffer and are overwritten by the next slice's."""
     columns = slice_columns(len(weight), len(x) * cross_entropy.bytes_per_logit(x.dtype, options), slice_bytes)

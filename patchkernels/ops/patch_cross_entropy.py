@@ -1,10 +1,10 @@
-"""Operator 2, K-token cross entropy over one row of logits.
+"""K-token cross entropy: one row of logits predicts K tokens.
 
     loss[n, k] = w[n, k] (lse_n - z[n, t_nk])
     dz[n, :]   = (sum_k c_nk) softmax(z_n) - sum_k c_nk onehot(t_nk),     c = upstream * w / normaliser
 
-Ignored labels, weights, overlapping or repeated targets and every reduction are the matrix ``c`` of shape (N, K):
-the work of size V is done once a row, whatever K is.
+Ignored labels, weights, overlapping or repeated targets and every reduction are expressed by the matrix ``c`` of shape
+(N, K), so that the work of size V is done once per row, whatever K is.
 """
 
 from __future__ import annotations
@@ -47,26 +47,27 @@ def patch_cross_entropy(
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1; int32 or int64.
         target_weight: shape ``(K,)`` or that of ``target``; a constant (no gradient).
         ignore_index: targets of this value have weight 0.
-        reduction: ``"mean"``: ``sum w l / sum w`` over all valid targets; ``"slot_mean"`` (both papers): the mean
-            over valid rows in each slot first, then over slots, weighted by a ``(K,)`` ``target_weight``, a slot
-            without a valid row left out; ``"sum"``; ``"none"``: weighted, in the shape of ``target``.
-            Where every target is ignored both means are 0 with zero gradients (``F.cross_entropy`` gives NaN).
+        reduction: ``"mean"``: ``sum w l / sum w`` over all valid targets; ``"slot_mean"`` (both papers): for each
+            slot k the mean over the rows whose k-th target is valid, then the mean over slots, weighted by a ``(K,)``
+            ``target_weight``, without slots that have no valid target; ``"sum"``; ``"none"``: weighted, in the shape of
+            ``target``. If every target is ignored, both means are 0 with zero gradients (``F.cross_entropy`` gives
+            NaN).
         label_smoothing: ``e`` in ``l = (1-e) (lse - z_t) + e (lse - mean_v z_v)``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         z_loss_weight: adds ``z_loss_weight * lse^2`` to each ``l``.
-        return_losses: returns ``(loss, losses)``. ``losses`` are the ``l`` that were reduced: unweighted, without
-            gradient, in the shape of ``target``, 0 where that is ignored.
+        return_losses: returns ``(loss, losses)``. ``losses`` are the ``l`` before weighting and reduction, without
+            gradient, in the shape of ``target``; 0 for ignored targets.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
         a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes that do not fit, two devices, an unknown reduction, an option out of its range.
+        ValueError: shapes or devices that do not fit, an unknown reduction, an option out of its range.
         TypeError: dtypes other than those above.
         RuntimeError: a backend that cannot run.
         IndexError: a target outside [0, V) that is not ``ignore_index``, on a CPU. On a GPU, where raising would
-            cost a synchronisation, that target's loss is NaN and no memory outside is read.
+            cost a synchronisation, that target's loss is NaN and no memory out of bounds is read.
     """
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
     check_loss_arguments(input, target, input.shape[-1] if input.ndim else 0, options, "logits (..., V)")
@@ -78,7 +79,7 @@ def patch_cross_entropy(
 
 
 class _PatchCrossEntropy(torch.autograd.Function):
-    """Rows of logits and targets to ``l (N, K)`` and ``lse (N)``; the backward reads the logits once more."""
+    """Maps rows of logits and targets to ``l (N, K)`` and ``lse (N)``; the backward reads the logits once more."""
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, options: LossOptions, backend: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Operator 1, patch embedding: the mean of K token embeddings, forward and backward.
+"""Patch embedding: the mean of K token embeddings, forward and backward.
 
     out[..., p, :] = (1/K) sum_k weight[input_ids[..., p K + k], :]
     dW[v]          = (1/K) sum over occurrences of v of dout[p]
@@ -37,8 +37,8 @@ def patch_embedding(
     Args:
         input_ids: token ids, shape ``(..., T)`` with T divisible by ``patch_size``, int32 or int64.
         weight: the embedding matrix, shape ``(V, D)``; float32, bfloat16 or float16 (float64 too in the eager backend).
-            A DTensor of placements ``Shard(0)`` is a table sharded by its rows: every process gives the same ids, and
-            the result is the same on all of them.
+            A DTensor of placements ``Shard(0)`` is a table sharded by its rows: every process passes the same ids, and
+            the result is the same on all processes.
         patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
         padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
             for K > 1 a patch of nothing but padding is zero.
@@ -49,7 +49,7 @@ def patch_embedding(
 
     Raises:
         ValueError: K < 1, T not divisible by K, ``weight`` not 2-D or sharded otherwise than by rows, ``padding_idx``
-            outside the table, two devices.
+            outside the table, ids and weight on different devices.
         TypeError: ids that are not integers, a weight that is not floating point.
         RuntimeError: a backend that cannot run.
         IndexError: an id outside [0, V), on a CPU. On a GPU, where raising would cost a synchronisation, the
@@ -93,7 +93,7 @@ def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None
 
 
 class _PatchEmbedding(torch.autograd.Function):
-    """A table that this process holds whole."""
+    """Patch embedding with a table that this process holds whole."""
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> Tensor:
@@ -115,7 +115,7 @@ class _PatchEmbedding(torch.autograd.Function):
 
 
 class _ShardedPatchEmbedding(torch.autograd.Function):
-    """A table whose rows are sharded over processes."""
+    """Patch embedding with a table whose rows are sharded over processes."""
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, shard: VocabShard, backend: str) -> Tensor:
@@ -156,7 +156,7 @@ def _forward(
     out: Tensor = implementation("patch_embedding", backend).forward(
         ids.reshape(-1, ids.shape[-1]), weight, padding_idx
     )
-    return out.resize_(*ids.shape[:-1], weight.shape[1])  # not a view, which the caller could not change in place
+    return out.resize_(*ids.shape[:-1], weight.shape[1])  # a view could not be changed in place by the caller
 
 
 @torch.library.custom_op("patchkernels::patch_embedding_backward", mutates_args=())
@@ -190,7 +190,7 @@ def _sharded_forward(
     if len(weight):
         # at K = 1 the padding row is read like any other, as in F.embedding
         inside = _inside_shard(ids, len(weight), first, padding_idx if patch_size > 1 else None)
-        for slot, in_shard in zip(ids.T, inside.T):  # never an (N K, D) intermediate
+        for slot, in_shard in zip(ids.T, inside.T):  # slot by slot, so that no tensor has the shape (N K, D)
             rows = weight[(slot - first).clamp(0, len(weight) - 1)]
             total += rows.masked_fill_(~in_shard.unsqueeze(1), -0.0)
     sum_(total, group)
@@ -198,11 +198,11 @@ def _sharded_forward(
         total *= inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
     bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
     out = total.masked_fill_(bad, torch.nan).to(weight.dtype)
-    return out.resize_(*shape, weight.shape[1])  # not a view, as above
+    return out.resize_(*shape, weight.shape[1])  # not a view, as in _forward
 
 
 def _inside_shard(ids: Tensor, rows: int, first: int, padding_idx: int | None) -> Tensor:
-    """Which ids are rows of this shard; padding is not."""
+    """True for the ids whose rows are in this shard, padding excepted."""
     inside = (ids >= first) & (ids < first + rows)
     return inside if padding_idx is None else inside & (ids != padding_idx)
 

@@ -1,6 +1,6 @@
 """Targets of the K-token losses: what each row predicts, with which weight, and how the losses are reduced.
 
-Ignored labels, weights, repeated targets and every reduction are one matrix ``c`` of shape (N, K), with
+Ignored labels, weights, repeated targets and every reduction are expressed by one matrix ``c`` of shape (N, K), with
 ``loss = sum_nk c_nk l_nk``. No tensor here has the size of the vocabulary, and nothing waits for a GPU.
 """
 
@@ -25,18 +25,18 @@ def next_patch_targets(
 ) -> Tensor:  # (..., T / K, K)
     """``target[b, p, k] = labels[b, (p + 1) K + k]``; the last row is all ``ignore_index``.
 
-    Row p holds the tokens of patch p + 1 (PatchTrain, arXiv 2407.12665, section 2), so that there are as many rows as
-    hidden states and nobody slices or shifts. At K = 1 these are the labels of ordinary next-token training, in the
-    shape ``(..., T, 1)``.
+    Row p holds the tokens of patch p + 1 (PatchTrain, arXiv 2407.12665, section 2). There are as many rows as hidden
+    states, so that callers need not slice or shift either. At K = 1 these are the labels of ordinary next-token
+    training, in the shape ``(..., T, 1)``.
 
     Args:
         labels: unshifted labels, shape ``(..., T)`` with T divisible by ``patch_size``.
         patch_size: K, at least 1.
         ignore_index: the label of a position without a target.
-        process_group: the processes that a sequence is split over (context parallel), in the order of ranks and at
-            patch boundaries. ``labels`` are this process's part, of whatever length, and its last row is the first
-            patch of the next process. For the mean over the whole sequence every process takes ``reduction="sum"`` and
-            divides by the number of valid targets of all.
+        process_group: the processes over which a sequence is split (context parallel), in the order of ranks and at
+            patch boundaries. ``labels`` is then this process's part, of any length, and the last row of its targets is
+            the first patch of the next process. To get the mean over the whole sequence, take ``reduction="sum"`` and
+            divide by the number of valid targets of all processes.
 
     Returns:
         shape ``(..., T / K, K)``, the dtype of ``labels``.
@@ -66,13 +66,13 @@ def mask_document_starts(
     target: Tensor,  # (B, P, K)
     begins: Tensor,  # (B, P) or (1, P), True where a patch begins a document
 ) -> Tensor:  # (B, P, K)
-    """Ignores the targets of row p where patch p + 1 begins a document: nothing before it predicts them."""
+    """Ignores the targets of row p if patch p + 1 begins a document, since row p belongs to another document."""
     next_begins = F.pad(begins[:, 1:], (0, 1))
     return target.masked_fill(next_begins.unsqueeze(-1), IGNORE_INDEX)
 
 
 def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: LossOptions, kind: str) -> None:
-    """Raises ValueError or TypeError for arguments that make no loss; ``kind`` names the input in the message."""
+    """Raises ValueError or TypeError for bad arguments of a loss; ``kind`` describes the input in the message."""
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}")
     if input.ndim == 0 or vocab == 0:
@@ -85,7 +85,7 @@ def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: Los
             f"for input {tuple(input.shape)}"
         )
     if target.ndim == input.ndim and target.shape[-1] == 0:
-        raise ValueError(f"target must hold at least one label a row, got shape {tuple(target.shape)}")
+        raise ValueError(f"target must hold at least one label per row, got shape {tuple(target.shape)}")
     if target.device != input.device:
         raise ValueError(f"target is on {target.device} but input is on {input.device}")
     if not 0.0 <= options.label_smoothing <= 1.0:
@@ -103,7 +103,7 @@ def weigh_targets(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:  # target (N, K), c (N, K)
-    """The targets row by row, those of weight 0 ignored, and the matrix ``c`` with ``loss = sum c l``.
+    """The targets as rows, with those of weight 0 ignored, and the matrix ``c`` with ``loss = sum c l``.
 
     For ``reduction="none"`` the loss is ``c * l``.
 
@@ -146,7 +146,7 @@ def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, redu
         )
     if reduction == "slot_mean" and target_weight.shape != (slots,):
         raise ValueError(
-            f"reduction='slot_mean' takes a target_weight of shape ({slots},), one weight a slot, "
+            f"reduction='slot_mean' takes a target_weight of shape ({slots},), one weight per slot, "
             f"got {tuple(target_weight.shape)}"
         )
 
@@ -164,7 +164,7 @@ def reduce_losses(
 ) -> Tensor:
     """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets.
 
-    The losses of ignored targets are 0, never NaN.
+    The losses of ignored targets must be 0: a NaN would remain NaN when it is multiplied by its weight of 0.
     """
     weighted = losses * c
     return weighted.reshape(shape) if reduction == "none" else weighted.sum()

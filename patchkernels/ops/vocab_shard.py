@@ -1,4 +1,4 @@
-"""A vocabulary in shards: which rows of a weight this process holds, read off its DTensor, and sums over processes."""
+"""A sharded vocabulary: the rows of a DTensor that this process holds, and reductions over processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class VocabShard(NamedTuple):
-    """This process's rows of a ``(vocab, D)`` weight: from ``first`` on, as many as its local tensor has."""
+    """This process's rows of a ``(vocab, D)`` weight: those of its local tensor, of which the first is ``first``."""
 
     first: int
     vocab: int
@@ -18,7 +18,7 @@ class VocabShard(NamedTuple):
 
 
 def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
-    """The local rows of a weight and where they lie; None where this process holds all of them.
+    """The local rows of a weight and their place in it, which is None if this process holds all rows.
 
     Raises:
         ValueError: a DTensor of other placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension.
@@ -41,7 +41,7 @@ def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
 
 
 def replicated(tensor: Any, name: str) -> Tensor:
-    """The local tensor of a DTensor that every process holds whole; any other tensor itself.
+    """The local tensor of a replicated DTensor; any other tensor is returned as it is.
 
     Raises:
         ValueError: a DTensor that is not replicated.
@@ -55,7 +55,7 @@ def replicated(tensor: Any, name: str) -> Tensor:
 
 
 def as_replicated(result: Tensor, tensor: Any) -> Tensor:
-    """A result that every process holds, as a replicated DTensor where ``tensor`` is a DTensor."""
+    """A result that is the same on every process, as a replicated DTensor if ``tensor`` is a DTensor."""
     if not _is_dtensor(tensor):
         return result
     from torch.distributed.tensor import DTensor, Replicate
@@ -85,6 +85,6 @@ def process_group(name: str) -> dist.ProcessGroup:
 def _is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a DTensor.
 
-    It looks for attributes instead of the type, because importing DTensor takes longer than all the rest.
+    It looks for attributes instead of the type, because importing DTensor takes longer than importing this package.
     """
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -1,7 +1,7 @@
-"""Checkpoints. Each is a folder that is complete as soon as it has its name.
+"""Saving and loading a training run. A checkpoint is a folder that gets its final name only when it is complete.
 
-One process writes safetensors and JSON. Several processes write the files of ``torch.distributed.checkpoint``, each
-its own shards. Both kinds load on any number of processes.
+A run on one process saves safetensors and JSON. On several processes each saves its own shards with
+``torch.distributed.checkpoint``. Both kinds of checkpoint load on any number of processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-PREFIX = "step-"  # of a complete checkpoint's name; one that is being written bears a dot before it
+PREFIX = "step-"  # of a complete checkpoint's name; an incomplete one has a dot before it
 STATE_FILE = "state.json"
 CPU = "cpu"
-DISTRIBUTED = "distributed"  # the folder, within a checkpoint, of the files that several processes wrote
+DISTRIBUTED = "distributed"  # the folder within a checkpoint that holds the shards of several processes
 
 
 def save_checkpoint(
@@ -32,7 +32,7 @@ def save_checkpoint(
 ) -> None:
     """Saves a run on one process, and removes all but the newest ``keep`` checkpoints.
 
-    ``state`` is what else the caller needs to go on, as JSON; :func:`read_state` returns it.
+    ``state`` holds whatever else the caller needs to resume; it is written as JSON, and :func:`read_state` returns it.
     """
     temporary = _begin(root, step)
     save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
@@ -45,7 +45,7 @@ def save_checkpoint(
 def save_distributed(
     root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
 ) -> None:
-    """Saves a run on several processes, all of which call this and share the file system."""
+    """Saves a run on several processes. All of them must call this function and share the file system."""
     is_first = dist.get_rank() == 0
     temporary = _begin(root, step) if is_first else _temporary_folder(root, step)
     dist.barrier()
@@ -67,7 +67,7 @@ def _temporary_folder(root: Path, step: int) -> Path:
 
 
 def _begin(root: Path, step: int) -> Path:
-    """Makes an empty folder to write to. Unfinished ones of a process that was killed are removed."""
+    """Makes an empty folder to write to, and removes unfinished folders that a killed process left."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover)
@@ -77,7 +77,7 @@ def _begin(root: Path, step: int) -> Path:
 
 
 def _finish(temporary: Path, root: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Adds random generators and state, flushes all files to disk, renames the folder and removes old checkpoints."""
+    """Adds generator states and ``state``, flushes all files to disk, renames the folder, removes old checkpoints."""
     save_file(_generator_states(), temporary / "random.safetensors")
     (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
     for file in temporary.rglob("*"):
@@ -92,7 +92,7 @@ def _finish(temporary: Path, root: Path, step: int, state: dict[str, Any], keep:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The step of a checkpoint and the state that was saved with it. ``ValueError`` if the file is damaged."""
+    """The ``state`` that was saved with a checkpoint, and its step. ``ValueError`` if the file is damaged."""
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except ValueError as error:
@@ -129,7 +129,7 @@ def _load_distributed(folder: Path, model: nn.Module, optimizer: torch.optim.Opt
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     try:
         state_dict_loader.load(state, checkpoint_id=folder / DISTRIBUTED, no_dist=not dist.is_initialized())
-    except (Exception, CheckpointException) as error:  # the latter is not an Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -154,7 +154,7 @@ def _load_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _shard_of(value: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor of a parameter's shape as this process's shard of it, where the parameter is sharded."""
+    """This process's shard of a full tensor. Scalars, and tensors of unsharded parameters, are returned as they are."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

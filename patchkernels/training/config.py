@@ -1,10 +1,10 @@
 """The settings of a training run, grouped by what they belong to.
 
-``train``, ``plan`` and ``experiment`` share these classes. On the command line only the data's settings bear the
-group's name (``--data.path``); all others are unambiguous without it (``--lr``, ``--phases``).
+``train``, ``plan`` and ``experiment`` share these classes. On the command line only the settings of the data carry the
+name of their group (``--data.path``); all others are unique without it (``--lr``, ``--phases``).
 
-A group is checked when the settings of a command are made from it. Were it checked earlier, the command line would
-report the error under a name of its own parser's instead of the command's.
+Groups have a method ``check``, which the settings of the whole command call. If a group checked itself when it is made,
+the command line would report the error under an internal name of its parser.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tyro.conf import OmitArgPrefixes, arg
 from patchkernels.data.corpus import DataConfig
 from patchkernels.model.config import PatchLMConfig
 from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
-from patchkernels.training.processes import PARALLELS
+from patchkernels.training.processes import PARALLEL_MODES
 
-AT_SWITCH = ("carry", "reset")
+OPTIMIZER_AT_SWITCH = ("carry", "reset")
 
 
 def check_at_least_one(settings: Any, *names: str) -> None:
@@ -57,24 +57,24 @@ class ModelConfig:
 
 @dataclass
 class ScheduleConfig:
-    """How much text is read, in patches of which sizes, and how much of it in a step."""
+    """How much text the run reads, in which patch sizes, and how much of it in each step."""
 
     tokens: float | None = None
     """Raw tokens that the run reads. None: as many as the corpus has, so that train reads it once."""
     phases: str = "4:2/3,1:1/3"
     """The phases in order, each as patch size:share."""
     shares_of: str = "data"
-    """What the shares are of: data (lambda in PatchTrain) or steps (r in TST)."""
+    """The quantity that the shares divide: data (lambda in PatchTrain) or steps (r in TST)."""
     convention: str = "positions"
-    """What is the same in every step: positions (then all steps cost the same FLOPs) or tokens (raw ones)."""
+    """The quantity that is equal in all steps: positions (every step then costs the same FLOPs) or tokens (raw)."""
     batch_size: int = 16
-    """Rows of a step, over all processes."""
+    """Rows of a step, summed over all processes."""
     context: int = 128
     """Positions of a row in the token phase."""
     piece_tokens: int | None = None
-    """The text is cut into pieces of so many raw tokens, and the pieces are shuffled. It must be a multiple of the
-    tokens of a row in every phase. Runs with the same pieces and seed read the same text in the same order of pieces,
-    whatever their phases. None: the smallest possible piece."""
+    """Raw tokens of a piece. The text is cut into pieces, which are shuffled. A piece must be a whole number of rows in
+    every phase. Runs with the same pieces and seed read the pieces in the same order, whatever their phases are. None:
+    the smallest possible piece."""
 
     def check(self) -> None:
         check_at_least_one(self, "batch_size", "context")
@@ -83,14 +83,14 @@ class ScheduleConfig:
 
     @functools.cached_property
     def parsed_phases(self) -> tuple[Phase, ...]:
-        """The phases, each with its share of the data. ``ValueError`` if ``phases`` or ``shares_of`` make no sense."""
+        """The phases, each with its share of the data. ``ValueError`` if ``phases`` or ``shares_of`` is invalid."""
         return parse_phases(self.phases, self.shares_of, self.convention)
 
     def schedule(self, corpus_tokens: int = 0) -> Schedule:
-        """The phases laid over ``tokens``, or over ``corpus_tokens`` where the setting is None.
+        """The steps of the phases for ``tokens`` raw tokens, or for ``corpus_tokens`` if ``tokens`` is None.
 
         Raises:
-            ValueError: the phases make no sense, or do not fit so many tokens, rows and positions.
+            ValueError: the phases are invalid, or do not fit these numbers of tokens, rows and positions.
         """
         tokens = int(self.tokens or corpus_tokens)
         return Schedule(
@@ -105,28 +105,30 @@ class OptimizerConfig:
     lr: float = 1.5e-3
     """The highest learning rate."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises to it."""
+    """Share of the steps over which the learning rate rises to its highest value."""
     decay: float = 0.1
-    """Share of the steps over which it falls to 0 at the end (wsd only)."""
+    """Share of the steps, at the end, over which the learning rate falls to 0 (wsd only)."""
     lr_shape: str = "wsd"
     """wsd (warmup, constant, linear decay) or cosine."""
     lr_scope: str = "run"
-    """run: one such curve over the whole run; phase: a new one in each phase."""
+    """run: one curve of the learning rate over the whole run; phase: a new curve in each phase."""
     optimizer_at_switch: str = "carry"
-    """What happens to AdamW's state where the phase changes: carry (keep it, as TST) or reset (as PatchTrain)."""
+    """AdamW's state when the phase changes: carry (keep it, as TST does) or reset (clear it, as PatchTrain does)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and the second moment."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; the weights of norms have none."""
+    """Weight decay of the matrices. The weights of norms do not decay."""
     clip: float = 1.0
-    """Gradients of a larger norm are scaled down to it."""
+    """Largest norm of the gradient over all parameters. A gradient of a larger norm is scaled down to it."""
 
     def check(self) -> None:
-        if self.optimizer_at_switch not in AT_SWITCH:
-            raise ValueError(f"optimizer_at_switch must be one of {AT_SWITCH}, got {self.optimizer_at_switch!r}")
+        if self.optimizer_at_switch not in OPTIMIZER_AT_SWITCH:
+            raise ValueError(
+                f"optimizer_at_switch must be one of {OPTIMIZER_AT_SWITCH}, got {self.optimizer_at_switch!r}"
+            )
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
-        self.learning_rate()  # raises for a rate, a share or a shape that makes no sense
+        self.learning_rate()  # raises for an invalid rate, share or shape
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup, self.decay, self.lr_shape, self.lr_scope)
@@ -134,14 +136,14 @@ class OptimizerConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved, and whether it goes on from a checkpoint."""
+    """When the run is saved, and whether it resumes from a checkpoint."""
 
     save_every: int = 200
-    """Steps between checkpoints. The run is also saved where the phase changes and where it stops."""
+    """Steps between checkpoints. The run is also saved when the phase changes and when it stops."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints that are kept; older ones are removed."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run's folder."""
+    """Resume from the newest checkpoint in the run's folder."""
 
     def check(self) -> None:
         check_at_least_one(self, "save_every", "keep")
@@ -152,12 +154,12 @@ class LogConfig:
     """When the run logs its progress and measures the validation loss."""
 
     log_every: int = 20
-    """Steps between lines of the log."""
+    """Steps between two lines of the log."""
     eval_every: int = 100
-    """Steps between measurements of the validation loss. It is also measured before the first step, where the phase
-    changes, and 1, 2, 4, 8, ... steps after that."""
+    """Steps between measurements of the validation loss. It is also measured before the first step, when the phase
+    changes, and 1, 2, 4, 8, ... steps after each change."""
     eval_rows: int = 64
-    """Rows of held-out text that are measured, the same in every phase."""
+    """Rows of held-out text that the validation loss is measured on, the same in every phase."""
 
     def check(self) -> None:
         check_at_least_one(self, "log_every", "eval_every", "eval_rows")
@@ -165,7 +167,7 @@ class LogConfig:
 
 @dataclass
 class RunConfig:
-    """Where the run is kept, and how it is computed."""
+    """Where the run is written, and how it is computed."""
 
     out: str = "runs/demo"
     """The run's folder. It holds config.json, log.jsonl and checkpoints/, and at the end model/ and plot.png."""
@@ -176,7 +178,7 @@ class RunConfig:
     attention: str = "auto"
     """The implementation of attention: auto, sdpa, flash2, flash3 or flash4."""
     accumulation: int = 1
-    """Parts of a step's rows that are computed one after the other, to save memory."""
+    """Number of parts that a step's rows are split into. They are computed one after the other, to save memory."""
     bf16: bool = False
     """Compute in bf16 under autocast; parameters stay in fp32."""
     compile: bool = False
@@ -186,12 +188,12 @@ class RunConfig:
     parallel: str = "fsdp"
     """How several processes of torchrun share the model: fsdp (FSDP2 shards parameters and optimizer) or ddp."""
     minutes: float | None = None
-    """Save and stop after so many minutes, with exit code 75. With --resume the run goes on."""
+    """Save and stop after this many minutes, with exit code 75. --resume then continues the run."""
 
     def check(self) -> None:
         check_at_least_one(self, "accumulation")
-        if self.parallel not in PARALLELS:
-            raise ValueError(f"parallel must be one of {PARALLELS}, got {self.parallel!r}")
+        if self.parallel not in PARALLEL_MODES:
+            raise ValueError(f"parallel must be one of {PARALLEL_MODES}, got {self.parallel!r}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
 
@@ -209,7 +211,7 @@ class TrainConfig:
     log: OmitArgPrefixes[LogConfig] = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for group in (self.run, self.model, self.schedule, self.optimizer, self.checkpoint, self.log):
+        for group in (self.run, self.data, self.model, self.schedule, self.optimizer, self.checkpoint, self.log):
             group.check()
         self.check_batch_size()
         text = Path(self.data.path).expanduser() if self.data.path else None
@@ -219,22 +221,22 @@ class TrainConfig:
             )
 
     def check_batch_size(self, processes: int = 1) -> None:
-        """``ValueError`` where a step's rows cannot be shared out evenly to all processes and their parts."""
+        """``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""
         rows, parts = self.schedule.batch_size, self.run.accumulation
         if rows % (processes * parts):
             divisor = "accumulation" if processes == 1 else f"{processes} processes times accumulation"
             raise ValueError(f"batch_size must be divisible by {divisor}, got {rows} and {parts}")
 
     def document_multiple(self) -> int:
-        """Packed documents are padded to a multiple of so many tokens; then each begins with a patch in every phase."""
+        """The multiple of tokens that documents are padded to: packed ones then begin with a patch in every phase."""
         sizes = [phase.patch_size for phase in self.schedule.parsed_phases]
         return math.lcm(*sizes) if self.run.packed_documents else 1
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint and the run that resumes it must share, by owner.
+        """The settings that a checkpoint and the run that resumes it must share, by group.
 
-        Left out are the settings that say where things lie, how they are computed and how often the run logs,
-        evaluates or saves; all of them may change. The text is compared by the corpus's digest instead.
+        Settings may change if they only say where files lie, how the run is computed, or how often it logs, evaluates
+        and saves. The path of the text may change too, because the corpus's digest is compared instead.
         """
         free = {
             "run": {"out", "device", "compile", "parallel", "minutes"},
@@ -242,15 +244,15 @@ class TrainConfig:
         }
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         return {
-            owner: {name: value for name, value in settings.items() if name not in free.get(owner, set())}
-            for owner, settings in values.items()
-            if owner not in ("checkpoint", "log")
+            group: {name: value for name, value in settings.items() if name not in free.get(group, set())}
+            for group, settings in values.items()
+            if group not in ("checkpoint", "log")
         }
 
 
 def flat_settings(nested: dict[str, Any]) -> dict[str, Any]:
-    """The settings of all owners by their short names, which are unique."""
+    """The settings of all groups in one dictionary, by their short names, which are unique."""
     flat: dict[str, Any] = {}
-    for owner, settings in nested.items():
-        flat |= settings if isinstance(settings, dict) else {owner: settings}
+    for group, settings in nested.items():
+        flat |= settings if isinstance(settings, dict) else {group: settings}
     return flat

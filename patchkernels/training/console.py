@@ -1,4 +1,4 @@
-"""What a run shows on the terminal while the corpus is prepared and while it trains."""
+"""The terminal output of a run, while the corpus is prepared and while the model trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patchkernels.data.corpus import Corpus, DataConfig, prepare
 
 
 class Display:
-    """A progress bar and lines of text on a terminal, the lines alone elsewhere."""
+    """A progress bar and lines of text on a terminal; only the lines where the output is not a terminal."""
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self.total_steps = total_steps
@@ -30,12 +30,12 @@ class Display:
         self.bar.stop()
 
     def step(self, step: int, values: dict[str, Any] | None) -> None:
-        """Moves the bar, and prints a line where there are values of the log to show."""
+        """Moves the bar, and prints a line if there are logged values to show."""
         self.bar.update(self.task, completed=step)
         if values is None:
             return
         text = f"step {step:>6}/{self.total_steps}  phase {values['phase']} (K={values['patch_size']})"
-        if "loss" in values:  # there is none before the first step
+        if "loss" in values:  # the values before the first step hold no training loss
             text += f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
             text += f"  {values['raw_tokens_per_second']:,.0f} raw tokens/s"
         if "validation_loss" in values:
@@ -47,7 +47,7 @@ class Display:
 
 
 def prepare_aloud(data: DataConfig, console: Console, *, document_multiple: int = 1) -> Corpus:
-    """:func:`patchkernels.data.corpus.prepare`, with its progress shown on the console."""
+    """Calls :func:`patchkernels.data.corpus.prepare` and shows its progress on the console."""
     console.print(f"preparing the corpus: {data.path or 'the standard library of this Python'}", soft_wrap=True)
     with console.status("reading") as status:
 

@@ -1,4 +1,4 @@
-"""Losses on the held-out text, and the check of a new model's first losses.
+"""Losses on the held-out text, and a check of the losses before training.
 
 The token-level loss is measured in every phase on the same rows, so that runs with different phases are comparable.
 In a patch phase the loss of each of the K slots is measured too.
@@ -14,11 +14,11 @@ import torch
 
 from patchkernels.training.run import Rows, Run
 
-INITIAL_SPREAD = 0.05  # relative deviation from the expected value that a first loss may have
+INITIAL_SPREAD = 0.05  # largest relative deviation of a loss before training from its expected value
 
 
 def is_time_to_evaluate(run: Run) -> bool:
-    """Every ``eval_every`` steps, where a phase ends, and 1, 2, 4, 8, ... steps after each switch of the phase."""
+    """True every ``eval_every`` steps, at the end of a phase, and 1, 2, 4, 8, ... steps after each change of phase."""
     index, steps_before = run.schedule.locate(run.step - 1)
     steps_in_phase = steps_before + 1
     is_power_of_two = steps_in_phase.bit_count() == 1
@@ -26,7 +26,7 @@ def is_time_to_evaluate(run: Run) -> bool:
 
 
 def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
-    """Token-level loss and bits per byte; for K > 1 also the loss of each slot, where a row has two patches."""
+    """Token-level loss and bits per byte; for K > 1 also the loss of each slot, if a row holds two patches."""
     (token_loss,) = slot_losses(run, 1)
     bits = token_loss / math.log(2) / run.corpus.bytes_per_token
     values: dict[str, Any] = {"validation_loss": token_loss, "validation_bits_per_byte": bits}
@@ -36,7 +36,7 @@ def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
 
 
 def initial_losses(run: Run) -> dict[str, Any]:
-    """For every patch size of the run the loss of held-out rows, reduced as in training, and the loss of each slot."""
+    """The loss of held-out rows at every patch size of the run: reduced as in training, and for each slot."""
     sizes = sorted({phase.patch_size for phase in run.schedule.phases})
     measurable = [size for size in sizes if has_targets(run, size)]
     with torch.no_grad():
@@ -58,7 +58,7 @@ def slot_losses(run: Run, patch_size: int) -> list[float]:
 
 
 def has_targets(run: Run, patch_size: int) -> bool:
-    """Whether a held-out row has a patch and another one that it predicts."""
+    """Whether a held-out row holds two patches, so that the first can predict the second."""
     return run.config.schedule.context >= 2 * patch_size
 
 
@@ -77,11 +77,11 @@ def held_out_parts(run: Run, patch_size: int) -> Iterator[Rows]:
 
 
 def check_initial(values: dict[str, Any], vocab_size: int, variance: float) -> None:
-    """Checks that before the first step every loss is about ``log V + variance / 2``, whatever the patch size and slot.
+    """Checks that every loss before the first step is about ``log V + variance / 2``, for any patch size and slot.
 
-    ``variance`` is that of a logit of the new model, ``D std^2`` behind the last norm: 0.05 for the demo model, 1.6
-    where D = 4096. The loss of a model that loses K - 1 of its K targets falls during training like any other; only
-    its value at the start shows the mistake.
+    ``variance`` is the variance of the new model's logits, ``D std^2`` after the last norm: 0.05 for the demo model,
+    1.6 for D = 4096. A bug that loses K - 1 of the K targets shows only here: during training the loss falls all the
+    same.
 
     Raises:
         RuntimeError: a loss deviates by more than 5 %.

@@ -1,4 +1,4 @@
-"""The log of a run, one JSON object a line. A crash loses at most the line that was being written."""
+"""The log of a run, one JSON object per line. A crash loses at most the line that was being written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from patchkernels.files import replace_file
 
 
 class Log:
-    """Appends lines to a file, or writes nothing where there is no path.
+    """Appends lines to the file at ``path``, or writes nothing if that is None.
 
-    A run that begins at ``step`` keeps the lines up to it and writes the later ones again.
+    A run that resumes at ``step`` keeps the lines up to that step and writes the later ones again.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
@@ -34,7 +34,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines. The last one may be cut off where the process was killed; it is left out."""
+    """The complete lines of a log. A last line that was cut off when the process was killed is left out."""
     lines = []
     for line in path.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The command ``plan``: what a run will cost, before it is run."""
+"""The command ``plan``: computes the cost of a run beforehand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from patchkernels.training.config import ModelConfig, ScheduleConfig, check_at_l
 
 @dataclass
 class PlanConfig:
-    """What a run will cost: steps, FLOPs, hours and memory, against token-level training on the same data."""
+    """Prints what a run will cost: steps, FLOPs, hours and memory, against token-level training on the same data."""
 
     model: OmitArgPrefixes[ModelConfig] = field(default_factory=lambda: ModelConfig("370m"))
     schedule: OmitArgPrefixes[ScheduleConfig] = field(
@@ -24,13 +24,13 @@ class PlanConfig:
     tflops: float = 400.0
     """Model TFLOP/s that one GPU achieves."""
     gpus: int = 1
-    """GPUs that the run has."""
+    """Number of GPUs of the run."""
     rows_per_gpu: int = 8
-    """Rows on a GPU at a time, for the memory estimate."""
+    """Rows that a GPU computes at a time, for the memory estimate."""
     shards: int = 1
     """GPUs that FSDP shards a replica's parameters over, for the memory estimate."""
     tensor_parallel: int = 1
-    """GPUs that share every matrix, for the memory estimate."""
+    """GPUs that every matrix is split over, for the memory estimate."""
 
     def __post_init__(self) -> None:
         self.model.check()
@@ -51,7 +51,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """The figures that ``patchkernels plan`` prints.
 
     Raises:
-        ValueError: phases that cannot be had with so many tokens, rows and positions.
+        ValueError: the phases do not fit these numbers of tokens, rows and positions.
     """
     schedule, context = config.schedule.schedule(), config.schedule.context
     model = config.model.architecture(max_position_embeddings=context)

@@ -1,4 +1,4 @@
-"""The plot of a run."""
+"""The plot of a run's validation loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AXES = {"raw_tokens": "raw tokens", "flops": "FLOPs (counted)", "seconds": "trai
 
 
 def plot(log: Path, file: Path) -> None:
-    """Draws the validation loss against raw tokens, counted FLOPs and seconds; dashed lines mark a new phase."""
+    """Draws the validation loss against raw tokens, counted FLOPs and seconds. Dashed lines mark changes of phase."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-PARALLELS = ("fsdp", "ddp")
+PARALLEL_MODES = ("fsdp", "ddp")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank among those that torchrun started, and its device. Without torchrun it is the only one."""
+    """The rank of this process among those that torchrun started, and its device. Without torchrun it is alone."""
 
     device: torch.device
     rank: int = 0
@@ -35,7 +35,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_on_its_node(self) -> Iterator[None]:
-        """The first process of every node runs the block before the others do, which then find the files it made."""
+        """Lets the first process of every node run the block first. The others then find the files that it made."""
         if self.world_size > 1 and self.local_rank:
             dist.barrier()
         yield
@@ -43,7 +43,7 @@ class Processes:
             dist.barrier()
 
     def mean(self, *values: Tensor) -> list[float]:
-        """Each scalar averaged over all processes, in fp64, with one exchange and one transfer for all of them."""
+        """Averages each scalar over all processes, in fp64, with one all-reduce and one copy to the host for all."""
         stacked = torch.stack([value.detach().double().to(self.device) for value in values])
         if self.world_size > 1:
             dist.all_reduce(stacked)
@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; for ``"auto"`` a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: no device bears that name, or it is a GPU and torch sees none.
+        ValueError: there is no device of that name, or it is a GPU and torch sees none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,7 @@ def environment(device: torch.device) -> Processes:
     """Reads the variables ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``, which torchrun sets.
 
     Raises:
-        ValueError: more processes on this node than GPUs, or variables that make no sense.
+        ValueError: this node has more processes than GPUs, or a variable is invalid.
     """
     try:
         rank, local, world = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -88,7 +88,7 @@ def environment(device: torch.device) -> Processes:
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
-    """Within the block there is a process group. One that the caller has made already is used and kept."""
+    """Provides a process group within the block. If the caller has made one already, it is used and kept."""
     if processes.world_size == 1 or dist.is_initialized():
         yield
         return
@@ -103,10 +103,10 @@ def joined(processes: Processes) -> Iterator[None]:
 
 
 def parallelize(model: nn.Module, blocks: nn.ModuleList, parallel: str, processes: Processes) -> nn.Module:
-    """The module to call in place of the model, which on one process is the model itself.
+    """The module to call in place of the model. On one process it is the model itself.
 
-    ``"fsdp"`` shards the model in place; each block is a unit, and what is outside of them belongs to the root.
-    ``"ddp"`` wraps it.
+    ``"fsdp"`` shards the model in place: each block is an FSDP unit, and all other parameters belong to the root unit.
+    ``"ddp"`` wraps the model.
     """
     if processes.world_size == 1:
         return model
@@ -121,18 +121,18 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, parallel: str, processe
 
 @contextlib.contextmanager
 def synchronized(module: nn.Module, last: bool) -> Iterator[None]:
-    """The backward pass in the block exchanges gradients between processes only if it is that of the last part."""
+    """Lets a backward pass in the block exchange gradients between processes only for the last part of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext():
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of which this process holds a shard; a tensor that is not sharded is returned as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor that this process holds a shard of. A tensor that is not sharded is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_weights(model: nn.Module) -> dict[str, Any]:
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """The full ``state_dict`` on the CPU in the first process. In the others it is empty."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

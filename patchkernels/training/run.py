@@ -1,7 +1,6 @@
-"""The state of a training run and one optimizer step of it.
+"""The state of a training run, and one optimizer step of it.
 
-Model, optimizer and step are all that a checkpoint has to keep: the rows, the learning rate and the phase follow from
-the step.
+A checkpoint need not keep the phase, the learning rate or the position in the text: all of them follow from the step.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import Phase
 from patchkernels.training.checkpoint import load_checkpoint, read_state, save_checkpoint, save_distributed
 from patchkernels.training.config import TrainConfig, flat_settings
-from patchkernels.training.processes import Processes, parallelize, synchronized, whole
+from patchkernels.training.processes import Processes, full_tensor, parallelize, synchronized
 from patchkernels.training.stop import StopRequest
 
-Rows = tuple[Tensor, Tensor, Tensor | None]  # token ids, labels and, of packed documents, document ids; each (B, T)
+Rows = tuple[Tensor, Tensor, Tensor | None]  # token ids, labels and, if documents are packed, document ids; each (B, T)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is no longer a finite number. The parameters were not updated with it."""
+    """The loss or the gradient norm is not finite. The parameters were not updated with this gradient."""
 
 
 class Run:
-    """Model, optimizer and step of a run, with the rows it reads."""
+    """The model, the optimizer and the step of a run, and the rows that it reads."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes, stop: StopRequest) -> None:
         self.config, self.corpus, self.processes, self.stop = config, corpus, processes, stop
@@ -63,14 +62,14 @@ class Run:
         held_out = validation_rows(corpus.validation, context, config.log.eval_rows)
         self.held_out: Rows = read_rows(corpus.validation, held_out, context, packed)
         self.step_flops = step_flops(self.architecture, schedule)
-        self.step = 0  # optimizer steps that are done
-        self.step_seconds = 0.0  # of the last of them
-        self.seconds = 0.0  # of all of them, without compiling, evaluation and saving
+        self.step = 0  # optimizer steps done so far
+        self.step_seconds = 0.0  # duration of the last step
+        self.seconds = 0.0  # duration of all steps, without compiling, evaluation and saving
         self.compile_seconds = 0.0
         self.warm_phases: set[int] = set()
 
     def new_optimizer(self) -> torch.optim.AdamW:
-        """AdamW without any state. Norm weights do not decay."""
+        """AdamW without any state yet. The weights of norms do not decay."""
         settings = self.config.optimizer
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
@@ -87,9 +86,9 @@ class Run:
         return self.finished or self.schedule.locate(self.step)[1] == 0
 
     def enter_phase(self) -> None:
-        """Where a phase begins, the optimizer is reset if the settings say so, and the model compiles.
+        """Prepares the phase of the next step: resets the optimizer if the settings say so, and warms up.
 
-        Within a phase this does nothing.
+        It is called before every step. The reset happens only where a phase begins, the warm-up once for each phase.
         """
         index, steps_done = self.schedule.locate(self.step)
         if steps_done == 0 and self.step > 0 and self.config.optimizer.optimizer_at_switch == "reset":
@@ -99,9 +98,9 @@ class Run:
             self.warm_phases.add(index)
 
     def warm_up(self) -> None:
-        """A forward and backward whose gradients are thrown away.
+        """Runs forward and backward once and throws the gradients away.
 
-        It takes the time of compiling and of first allocations, which is then not counted as training.
+        Compiling and first allocations then happen here, so that their time is not counted as training.
         """
         began = time.perf_counter()
         self.loss(*self.read()[0], self.phase.patch_size).backward()
@@ -117,20 +116,20 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """The time that the block takes is that of one training step."""
+        """Records the duration of the block as that of one training step."""
         began = time.perf_counter()
         yield
         self.step_seconds = time.perf_counter() - began
         self.seconds += self.step_seconds
 
     def read(self) -> list[Rows]:
-        """The rows of this process for the next step, in ``accumulation`` parts."""
+        """The rows of this process for the next step, split into ``accumulation`` parts."""
         count = self.config.run.accumulation
         tensors = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
         return list(zip(*([None] * count if t is None else t.chunk(count) for t in tensors)))
 
     def train_step(self, parts: list[Rows]) -> dict[str, Any]:
-        """Forward and backward over the parts, then one update. Returns the loss, the gradient norm and the rate.
+        """Forward and backward over the parts, then one update. Returns loss, gradient norm and learning rate.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -144,7 +143,7 @@ class Run:
                 loss = self.loss(*rows, phase.patch_size) * share
                 loss.backward()
             total += loss.detach()
-        gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip))
+        gradient_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip))
         flags = [torch.tensor(flag) for flag in self.stop.flags()]
         mean_loss, mean_norm, signalled, late = self.processes.mean(total, gradient_norm, *flags)
         self.stop.agree(signalled, late)
@@ -159,10 +158,10 @@ class Run:
         return {"loss": mean_loss, "grad_norm": mean_norm, "lr": learning_rate}
 
     def shares(self, parts: list[Rows], phase: Phase) -> list[float]:
-        """The weight of each part's mean loss.
+        """The weight of each part's mean loss within the loss of the step.
 
-        With them the sum over parts, averaged over processes, is the mean over all targets of the step. The parts
-        weigh the same, except those of packed documents, which hold different numbers of targets.
+        The weighted sum over parts, averaged over processes, is the mean over all targets of the step. The weights are
+        equal unless documents are packed, since the parts then hold different numbers of targets.
         """
         if not self.config.run.packed_documents:
             return [1 / len(parts)] * len(parts)
@@ -180,7 +179,7 @@ class Run:
         reduction: str = "mean",
         compiled: bool = True,
     ) -> Tensor:
-        """The model's loss on these rows, under autocast where the run is in bf16."""
+        """The model's loss on these rows, under autocast if the run computes in bf16."""
         model = self.compiled_model if compiled else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.bf16):
             loss: Tensor = model(ids, labels, patch_size, reduction, documents)
@@ -193,7 +192,7 @@ class Run:
         return sum(steps * flops for steps, flops in zip(done, self.step_flops))
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is: steps, phase, raw tokens, FLOPs and seconds; after a step also the speed of that step."""
+        """Step, phase, raw tokens, FLOPs and seconds of the run so far; after a step also the speed of that step."""
         index = self.schedule.locate(max(self.step - 1, 0))[0]
         phase, raw_tokens = self.schedule.phases[index], self.schedule.raw_tokens(self.step)
         values = {
@@ -218,7 +217,7 @@ class Run:
         save(self.out / "checkpoints", self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
 
     def restore(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint.
+        """Resumes from a checkpoint.
 
         Raises:
             ValueError: the checkpoint is of another configuration or another text, or it is damaged.

@@ -1,4 +1,4 @@
-"""How a run stops early: a signal or the clock asks for it, and every process stops after the same finished step."""
+"""Stopping a run early: after a signal or the deadline, all processes stop after the same finished step."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, to be tried 
 
 
 class Stopped(SystemExit):
-    """The run stopped early, after a step that is saved.
+    """The run stopped early. Its last step is saved.
 
-    The exit code is 128 + the signal's number, or ``OUT_OF_TIME`` where the minutes were over.
+    The exit code is 128 + the signal's number, or ``OUT_OF_TIME`` if the time was over.
     """
 
 
 class StopRequest:
-    """Whether a signal or the clock asks the run to stop, and with which exit code it then stops."""
+    """Whether a signal or the deadline asks the run to stop, and the exit code for that stop."""
 
     def __init__(self, minutes: float | None) -> None:
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.code = 0  # nothing asks for a stop yet
+        self.code = 0  # no stop is requested yet
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block SIGTERM and SIGINT are noted here instead of ending the process in the middle of a step."""
+        """Within the block, SIGTERM and SIGINT are recorded and do not end the process in the middle of a step."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self.code = 128 + number
@@ -41,13 +41,13 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def flags(self) -> tuple[float, float]:
-        """What this process asks for: not 0 where a signal came, and not 0 where the time is over."""
+        """This process's requests: the first is nonzero after a signal, the second once the deadline has passed."""
         return float(self.code), float(time.monotonic() > self.deadline)
 
     def agree(self, signalled: float, late: float) -> None:
-        """Takes over the flags of all processes, added up or averaged.
+        """Sets the exit code from the flags of all processes, summed or averaged.
 
-        A signal that only one process received, or the first clock past the deadline, then stops all of them.
+        A signal that only one process received, or the first clock past the deadline, thus stops all processes.
         """
         if not self.code:
             self.code = 128 + signal.SIGTERM if signalled else OUT_OF_TIME if late else 0

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from patchkernels.data.tokenizer import save_tokenizer
 from patchkernels.files import replace_file
-from patchkernels.model.attention import choose
+from patchkernels.model.attention import choose_attention
 from patchkernels.model.patch_lm import PatchLM
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.config import TrainConfig
@@ -20,29 +20,29 @@ from patchkernels.training.console import Display, prepare_aloud
 from patchkernels.training.evaluation import check_initial, evaluate, initial_losses, is_time_to_evaluate
 from patchkernels.training.log import Log
 from patchkernels.training.plot import plot
-from patchkernels.training.processes import choose_device, environment, joined, whole_weights
+from patchkernels.training.processes import choose_device, environment, full_state_dict, joined
 from patchkernels.training.run import Run
 from patchkernels.training.stop import Stopped, StopRequest
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs all phases and returns the run's folder.
+    """Trains a model through all phases and returns the run's folder.
 
     Raises:
-        ValueError: settings that make no sense, or a checkpoint of other settings.
-        FileExistsError: a folder that already holds a run, without ``resume``.
-        FileNotFoundError: ``resume`` without a checkpoint, or no such text.
+        ValueError: the settings are invalid, or the checkpoint is of other settings.
+        FileExistsError: the folder already holds a run, and ``resume`` is not set.
+        FileNotFoundError: there is no checkpoint to resume from, or no such text.
         NonFiniteError: the loss diverged. The last checkpoint is from before that.
-        RuntimeError: before the first step the loss is not log V, so targets are lost; or the attention asked for
+        RuntimeError: the loss before the first step is not log V, so that targets are lost; or the requested attention
             cannot run here.
-        Stopped: by a signal, or after ``minutes``. A resumed run goes on.
+        Stopped: a signal came, or ``minutes`` are over. The run is saved and can be resumed.
     """
     stop = StopRequest(config.run.minutes)
     processes = environment(choose_device(config.run.device))
     config.check_batch_size(processes.world_size)
     document_multiple = config.document_multiple()
     dtype = torch.bfloat16 if config.run.bf16 else torch.float32
-    attention = choose(config.run.attention, processes.device, dtype)  # raises where it cannot run
+    attention = choose_attention(config.run.attention, processes.device, dtype)  # raises where it cannot run
     out = Path(config.run.out)
     checkpoint = checkpoint_to_resume(out, config.checkpoint.resume)
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
 
 
 def loop(run: Run, attention: str) -> None:
-    """Steps through all phases; logs, evaluates and saves on the way, and stops early where it is asked to."""
+    """Takes the steps of all phases; logs, evaluates and saves on the way, and stops early if asked to."""
     is_first = run.processes.is_first
     log = Log(run.out / "log.jsonl" if is_first else None, run.step)
     display = Display(run.schedule.total_steps, quiet=not is_first)
@@ -113,12 +113,12 @@ def loop(run: Run, attention: str) -> None:
 
 
 def is_time_to_save(run: Run) -> bool:
-    """Every ``save_every`` steps, where a phase ends, and before the run stops early."""
+    """True every ``save_every`` steps, at the end of a phase, and before the run stops early."""
     return run.step % run.config.checkpoint.save_every == 0 or run.phase_ended or run.stop.code != 0
 
 
 def stop_if_asked(run: Run, display: Display) -> None:
-    """Raises ``Stopped`` where a signal or the clock asks for it. A run that is at its end goes on to finish."""
+    """Raises ``Stopped`` if a signal or the deadline asks for it, unless the run is at its last step anyway."""
     if run.stop.code and not run.finished:
         display.say(f"stopped after step {run.step} ({run.stop.reason}); --resume goes on")
         raise Stopped(run.stop.code)
@@ -138,7 +138,7 @@ def description(run: Run, attention: str) -> str:
 
 
 def measure_start(run: Run, log: Log, display: Display) -> None:
-    """Logs the losses of the new model, and raises ``RuntimeError`` where they are not those of chance."""
+    """Logs the losses of the new model, and raises ``RuntimeError`` unless they are those of random guessing."""
     values = run.progress() | evaluate(run, run.phase.patch_size) | initial_losses(run)
     log.write(**values)
     display.step(0, values)
@@ -147,10 +147,10 @@ def measure_start(run: Run, log: Log, display: Display) -> None:
 
 
 def finish(run: Run, display: Display) -> None:
-    """Saves the model with its tokenizer in Hugging Face's format, draws the plot, and says what is where."""
+    """Saves the model with its tokenizer in Hugging Face's format, draws the plot, and prints where everything is."""
     model = run.model
     if run.processes.world_size > 1:
-        weights = whole_weights(run.model)
+        weights = full_state_dict(run.model)
         if not run.processes.is_first:
             return
         model = PatchLM(run.architecture)

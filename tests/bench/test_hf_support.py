@@ -38,7 +38,7 @@ def test_verdicts(kind, architecture, verdict):
 def test_what_is_wrong_is_called_wrong(monkeypatch):
     monkeypatch.setitem(hf_support.SPECIAL, "falcon_h1", {"embedding_multiplier": 3.0})
     assert hf_support.examine("falcon_h1", "FalconH1ForCausalLM").verdict == "refused"
-    module = importlib.import_module("patchkernels.hf.enable")  # as an attribute, that name is the function's
+    module = importlib.import_module("patchkernels.hf.enable")  # the attribute `enable` of the package is a function
     monkeypatch.setattr(module, "inexactness", lambda *_: "")
     row = hf_support.examine("falcon_h1", "FalconH1ForCausalLM")
     assert row.verdict == "wrong" and row.loss > hf_support.TOLERANCE

@@ -27,7 +27,7 @@ def run_script(name: str, *arguments: str, **variables: str) -> subprocess.Compl
 
 
 def test_linux_corpus(tree, tmp_path):
-    """With stand-ins for Debian's commands, which the package would come from."""
+    """The commands that would download and unpack Debian's package are stand-ins."""
     commands = tmp_path / "bin"
     commands.mkdir()
     package = tmp_path / "pkg/usr/src"
@@ -54,7 +54,7 @@ def test_linux_corpus(tree, tmp_path):
 
 
 def test_experiment_gpu_on_a_cpu(tree, tmp_path):
-    """The script that is meant for a machine with a GPU and without network, with a budget that a CPU can pay."""
+    """The script for a machine with a GPU and without network runs on a CPU, with a small budget."""
     corpus = tmp_path / "kernel.parquet"
     pack_corpus(CorpusConfig(str(corpus), str(tree), endings=ENDINGS))
     folder = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Which tokens a step reads."""
+"""The tokens that each step reads."""
 
 from __future__ import annotations
 

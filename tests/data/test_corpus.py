@@ -185,7 +185,7 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(OSError, match="file"):
         prepare(config(folder, tmp_path, cache_dir=str(tmp_path / "file" / "cache")))
     for bad in ({"vocab_size": 100}, {"validation_fraction": 0.0}):
-        with pytest.raises(ValueError, match="must be"):
-            config(folder, tmp_path, **bad)
+        with pytest.raises(ValueError, match=rf"{next(iter(bad))} must be"):
+            prepare(config(folder, tmp_path, **bad))
     with pytest.raises(ValueError, match="document_multiple must be at least 1, got 0"):
         prepare(config(folder, tmp_path), document_multiple=0)

@@ -1,4 +1,4 @@
-"""Where text comes from, which of it is a document, and which documents are held out together."""
+"""The sources of text: their documents, and the documents that are held out together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_endings_text_and_content_choose_the_documents(tree):
     expected = {f"drivers/d{i}/unit{i}.c" for i in range(40)} | {
         f"arch/{a}/include/header{i}.h" for a in "ab" for i in range(20)
     }
-    # copy.c comes before drivers/ and stands for its content
+    # copy.c has the text of unit7.c and is read first
     assert paths == expected - {"drivers/d7/unit7.c"} | {"copy.c"}
     assert len({document.text for document in found}) == len(found)
     with pytest.raises(ValueError, match=r"no file ends with any of \.rs, \.go"):
@@ -51,7 +51,7 @@ def test_split_keys(found):
     digests = [index.to_bytes(8, "big") for index in range(len(found))]
     keys = split_keys(found, digests)
     assert len(keys) == len(found)
-    if keys == digests:  # all of one name, or none has a path
+    if keys == digests:  # all have one name, or none has a path
         return
     common = max(COMMON_NAME_DOCUMENTS, len(found) // 100)
     count = {

@@ -6,7 +6,7 @@ import pytest
 from experiments import evaluated_often, small_experiment
 from small_runs import TINY, write_random_text
 
-from patchkernels.experiment.config import BUDGETS, NAMES
+from patchkernels.experiment.config import ARM_NAMES, BUDGETS
 from patchkernels.experiment.laboratory import experiment
 from patchkernels.model.config import PRESETS
 
@@ -29,8 +29,8 @@ def config(text, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(text, tmp_path_factory):
-    """All arms, two seeds, tuned: made once, read by several tests."""
+    """The folder of an experiment with all arms, two seeds and tuning. It is made once for several tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", TINY)
         patch.setitem(BUDGETS, "cpu", evaluated_often(BUDGETS["cpu"]))
-        return experiment(small_experiment(text, tmp_path_factory.mktemp("out") / "experiment", arms=NAMES))
+        return experiment(small_experiment(text, tmp_path_factory.mktemp("out") / "experiment", arms=ARM_NAMES))

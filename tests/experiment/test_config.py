@@ -1,4 +1,4 @@
-"""The settings: arms, budgets and what is refused."""
+"""The settings of an experiment: arms, budgets and bad input."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 
 import pytest
 
-from patchkernels.experiment.config import BUDGETS, NAMES, ExperimentConfig, arms
+from patchkernels.experiment.config import ARM_NAMES, BUDGETS, ExperimentConfig, arms
 from patchkernels.experiment.laboratory import experiment
 from patchkernels.training.config import ScheduleConfig, flat_settings
 
 
 def test_costs_of_the_arms():
     found = {name: arm.cost for name, arm in arms(ScheduleConfig(phases="4:2/3,1:1/3")).items()}
-    assert tuple(found) == NAMES
+    assert tuple(found) == ARM_NAMES
     expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}
     assert found == pytest.approx(expected)
 
@@ -42,6 +42,7 @@ def test_bad_input(config, tmp_path):
         ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
         ({"phases": "4:2"}, "must add up to 1"),
         ({"phases": "1:1"}, "B needs a phase of patches"),
+        ({"phases": "1:1", "arms": ("A", "B", "C", "TST")}, "B needs a phase of patches"),
         ({"context": 7}, "at least two patches of 4, got 7"),
         ({"context": 12, "arms": ("A", "B", "C", "multi")}, "at least two patches of 8, got 12"),
         ({"seeds": 0}, "seeds must be positive and finite, got 0"),

@@ -1,4 +1,4 @@
-"""What runs: the same data for all arms, each run once, the tuned rate, and interruptions."""
+"""The runs of an experiment: equal data for all arms, no run made twice, tuning, and interruptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments import chosen_rate, laboratory_of, lines_of, untimed
 from patchkernels.data.batches import Batches
 from patchkernels.data.corpus import Tokens
 from patchkernels.experiment import laboratory as laboratory_module
-from patchkernels.experiment.config import BUDGETS, NAMES
+from patchkernels.experiment.config import ARM_NAMES, BUDGETS
 from patchkernels.experiment.laboratory import Laboratory, experiment
 from patchkernels.training.config import OptimizerConfig
 from patchkernels.training.log import read_log
@@ -50,7 +50,7 @@ def test_decimal_shares_are_the_fractions_they_stand_for(config):
 
 
 def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
-    """The settings as the run's folder has them, and the learning rate of every step that was logged."""
+    """Checks the settings in each run's folder, and the learning rate of every logged step."""
     of_arms = {}
     for run in lines_of(finished, "run"):
         folder = finished / "runs" / f"{run['arm']}-seed{run['seed']}-lr{run['lr']:.3g}"
@@ -60,8 +60,8 @@ def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
         steps = [line for line in read_log(folder / "log.jsonl") if "lr" in line]
         assert max(line["lr"] for line in steps) <= run["lr"]
         assert any(line["lr"] == run["lr"] for line in steps), "constant in between"
-        for owner, key in (("run", "out"), ("run", "minutes"), ("checkpoint", "resume")):
-            settings[owner].pop(key)
+        for group, key in (("run", "out"), ("run", "minutes"), ("checkpoint", "resume")):
+            settings[group].pop(key)
         assert of_arms.setdefault(run["arm"], settings) == settings
     expected = {
         "A": ("1:1", 1536, "data", "carry", "run"),
@@ -73,7 +73,7 @@ def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
     }
     keys = (("schedule", "phases"), ("schedule", "tokens"), ("schedule", "shares_of"),
             ("optimizer", "optimizer_at_switch"), ("optimizer", "lr_scope"))  # fmt: skip
-    found = {arm: tuple(settings[owner].pop(key) for owner, key in keys) for arm, settings in of_arms.items()}
+    found = {arm: tuple(settings[group].pop(key) for group, key in keys) for arm, settings in of_arms.items()}
     assert found == expected
     assert all(settings == of_arms["A"] for settings in of_arms.values())
     assert of_arms["A"]["schedule"]["piece_tokens"] == 16 * 8
@@ -83,7 +83,7 @@ def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
     runs = lines_of(finished, "run")
     lr = chosen_rate(finished)
     main = {(run["arm"], run["seed"]): run for run in runs if run["lr"] == lr}
-    assert main.keys() == set(itertools.product(NAMES, (0, 1)))
+    assert main.keys() == set(itertools.product(ARM_NAMES, (0, 1)))
     for arm in ("B", "C"):
         assert {run["lr"] / lr for run in runs if run["arm"] == arm} == {0.5, 1, 2}, "A's best rate and its neighbours"
     assert len({run["lr"] for run in runs if run["arm"] == "A"}) >= 3
@@ -152,7 +152,7 @@ def test_interrupted_it_goes_on_as_if_nothing_had_happened(config, tmp_path, mon
 
 
 def test_out_of_time_it_stops_with_a_report_and_goes_on(config, monkeypatch):
-    clock = itertools.count(step=1.5)  # every look at it costs 1.5 s of the minutes
+    clock = itertools.count(step=1.5)  # each time it is read, 1.5 s of the minutes have passed
     with monkeypatch.context() as patch:
         patch.setattr(laboratory_module.time, "monotonic", lambda: next(clock))
         codes = []

@@ -20,7 +20,7 @@ from patchkernels.training.run import Run
 
 
 def test_what_was_trained_on_never_enters_the_comparison(config, monkeypatch):
-    """A patch phase's own loss is of another kind. Here a marked one fills the log, and the results hold none of it."""
+    """The training loss of a patch phase is not comparable. A marked one in the log must not reach the results."""
     step = Run.train_step
     monkeypatch.setattr(Run, "train_step", lambda self, rows: step(self, rows) | {"loss": 123.456})
     out = experiment(dataclasses.replace(config, tune=False, seeds=1))
@@ -45,7 +45,7 @@ def test_losing_all_but_one_target_is_found(config, monkeypatch):
         patch.setattr(patch_lm, "patch_targets", first_alone)
         with pytest.raises(RuntimeError, match=r"before the first step the loss at K = 4 .*targets are lost"):
             experiment(once)
-    experiment(once)  # the mistake leaves nothing behind once it is mended
+    experiment(once)  # once the mistake is corrected, nothing of it is left
 
 
 def test_a_loss_summed_over_slots_is_found(config, monkeypatch):

@@ -1,4 +1,4 @@
-"""The experiment's folder: what stays in it, whose it is, and damaged files."""
+"""The experiment's folder: results that are kept, folders of other experiments, and damaged files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from checkout import CHECKOUT
 from experiments import laboratory_of, lines_of
 
-from patchkernels.experiment.config import NAMES
+from patchkernels.experiment.config import ARM_NAMES
 from patchkernels.experiment.laboratory import experiment
 from patchkernels.training.run import Run
 from patchkernels.training.stop import OUT_OF_TIME, Stopped
 
 
 def test_the_record_is_as_in_folders_of_before(config):
-    """Otherwise an unfinished experiment could not go on, and its report would not tell what was measured."""
+    """Older folders must stay valid, so that an unfinished experiment in them can go on and report its settings."""
     file = CHECKOUT / "bench" / "results" / "intel-xeon" / "experiment" / "experiment.json"
     before, record = json.loads(file.read_text()), laboratory_of(config).record
     assert list(record) == list(before)
@@ -32,7 +32,7 @@ def test_what_is_finished_stays_in_the_report(config):
     experiment(dataclasses.replace(config, seeds=1, arms=("A", "B", "C", "multi")))
     before = {(run["arm"], run["seed"], run["lr"]) for run in lines_of(Path(config.out), "run")}
     assert len(before) >= 9
-    for later in ({"arms": NAMES, "seeds": 3, "minutes": 1e-9}, {"seeds": 1}):
+    for later in ({"arms": ARM_NAMES, "seeds": 3, "minutes": 1e-9}, {"seeds": 1}):
         with contextlib.suppress(Stopped):
             experiment(dataclasses.replace(config, **later))
         assert {(run["arm"], run["seed"], run["lr"]) for run in lines_of(Path(config.out), "run")} == before

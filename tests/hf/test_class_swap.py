@@ -1,4 +1,4 @@
-"""The class of one instance is swapped and given back; copies and pickles of the instance are swapped too."""
+"""The class of one instance is swapped and restored; copies and pickles of the instance are swapped too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_swapped_and_restored():
     assert type(linear).__name__ == type(linear).name_of_original == "Linear"
     swap_class(other, Doubled, state)
     assert type(other) is type(linear)
-    for _ in range(2):  # the second time without effect
+    for _ in range(2):  # the second time has no effect
         restore_class(linear)
         assert type(linear) is nn.Linear
         assert not any(name.startswith("_patch") for name in vars(linear))

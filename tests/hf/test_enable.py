@@ -1,4 +1,4 @@
-"""Models are enabled where that is exact and refused where it is not, and nothing else about them changes."""
+"""Models are enabled if a patch step is exact and refused if not, and nothing else about them changes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_model_that_changes_its_logits_otherwise_is_materialised_and_says_so(c
 
 
 class Clamped(transformers.LlamaForCausalLM):
-    """Clamps its logits, where none of those that ``enable`` gives it for finding what it makes of them is."""
+    """Clamps its logits, but to a range that holds all the logits with which ``enable`` probes it."""
 
     def forward(self, input_ids=None, inputs_embeds=None, labels=None, **_):
         logits = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds).logits.clamp(-4, 4)
@@ -97,7 +97,7 @@ def test_a_loss_that_is_inexact_in_the_head_is_materialised(monkeypatch):
     expected = loss_and_gradients(model, ids, ids)
     runs, token_losses = [], []
     model.model.register_forward_hook(lambda *_: runs.append(1))
-    module = importlib.import_module("patchkernels.hf.enable")  # as an attribute, that name is the function's
+    module = importlib.import_module("patchkernels.hf.enable")  # patchkernels.hf.enable is the function
     token_loss = module.token_loss
     monkeypatch.setattr(module, "token_loss", lambda *args: token_losses.append(1) or token_loss(*args))
     hf.enable(model, 2)

@@ -1,4 +1,4 @@
-"""The patch step is exact against the model itself, and a batch that cannot be cut into patches is refused."""
+"""A patch step agrees with the model itself, and a batch that cannot be cut into patches is refused."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def test_repeated_tokens_in_patches_are_the_tokens(name):
     labels[0, :3] = -100
     expected = loss_and_gradients(model, ids, labels)
     assert hf.enable(model, 4) is model
-    assert hf.is_fused(model) == MODELS[name][1]
+    assert hf.is_fused(model)
     repeated = (t.repeat_interleave(4, 1) for t in (ids, labels))
     found = loss_and_gradients(model, *repeated)
     assert len(found) == len(expected)
     size = max(gradient.norm() for gradient in expected[1:])
-    for a, b in zip(found, expected):  # transformers' loss is in fp32; some gradients are 0 but for rounding
+    for a, b in zip(found, expected):  # transformers' loss is in fp32; some gradients are rounding errors of 0
         assert relative_error(a, b) < 2e-6 or (a - b).norm() < 1e-6 * size
 
 
@@ -60,7 +60,7 @@ def test_the_loss_of_the_paper(size):
     parameters = list(model.parameters())
     exact = [expected, *torch.autograd.grad(expected, parameters)]
     hf.enable(model, size, reduction="slot_mean")
-    targets = next_patch_targets(labels, size)  # K = 1 in patches too: without them it is transformers' own loss
+    targets = next_patch_targets(labels, size)  # also for K = 1: without these it would be transformers' own loss
     for arguments in ({"labels": labels}, {"shift_labels": targets}):
         if size == 1 and "labels" in arguments:
             continue

@@ -35,7 +35,7 @@ def test_rows_of_a_stream_are_those_of_a_dataset_read_in_order():
     for a, b in zip(stream, (rows[i] for i in range(len(rows)))):
         assert a["patch_size"] == b["patch_size"] and torch.equal(a["input_ids"], b["input_ids"])
     read = torch.cat([row["input_ids"] for row in stream])[::3]
-    assert read.tolist() == [i % 7 for i in range(32)]  # begun again where the examples end
+    assert read.tolist() == [i % 7 for i in range(32)]  # from the first example again after the last
 
 
 def test_bad_input():

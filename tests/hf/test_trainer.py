@@ -1,4 +1,4 @@
-"""One Trainer run through all phases: what a loop written by hand would do, stopped and resumed anywhere."""
+"""A Trainer run in phases does what a loop written by hand does, also if it is stopped and resumed."""
 
 from __future__ import annotations
 

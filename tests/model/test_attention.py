@@ -1,4 +1,4 @@
-"""Which attention runs, and that each way of calling it means the same."""
+"""The right attention runs, and every implementation gives the same values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from patchkernels.model import attention as module
-from patchkernels.model.attention import attention, choose, document_positions
+from patchkernels.model.attention import attention, choose_attention, document_positions
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
-    module._choose.cache_clear()
+    module._choose_cached.cache_clear()
     yield
-    module._choose.cache_clear()
+    module._choose_cached.cache_clear()
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def gpu(monkeypatch):
         calls = []
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
         for name, (package, _, _) in module.FLASH.items():
-            monkeypatch.setitem(sys.modules, package, None)  # absent
+            monkeypatch.setitem(sys.modules, package, None)  # not installed
             if name in names:
                 fake = types.ModuleType(package)
 
@@ -69,21 +69,21 @@ def gpu(monkeypatch):
 def test_auto_takes_the_best_that_fits_and_says_so_once(gpu, caplog, major, installed, expected):
     gpu(major, *installed)
     with caplog.at_level(logging.INFO, "patchkernels"):
-        assert [choose("auto", CUDA, torch.bfloat16) for _ in range(3)] == [expected] * 3
+        assert [choose_attention("auto", CUDA, torch.bfloat16) for _ in range(3)] == [expected] * 3
     assert [record.getMessage() for record in caplog.records] == [f"attention on cuda:0 in torch.bfloat16: {expected}"]
-    assert choose("auto", CUDA, torch.float32) == "sdpa"
+    assert choose_attention("auto", CUDA, torch.float32) == "sdpa"
 
 
 def test_asked_for_by_name_and_not_to_be_had_raises(gpu):
     gpu(8, "flash3")
     with pytest.raises(RuntimeError, match=r"flash3.*compute capability 8\.x"):
-        choose("flash3", CUDA, torch.bfloat16)
+        choose_attention("flash3", CUDA, torch.bfloat16)
     with pytest.raises(RuntimeError, match="flash-attn is not installed"):
-        choose("flash2", CUDA, torch.bfloat16)
+        choose_attention("flash2", CUDA, torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"bfloat16 or float16, got torch\.float32"):
-        choose("flash2", CUDA, torch.float32)
+        choose_attention("flash2", CUDA, torch.float32)
     with pytest.raises(RuntimeError, match="on cpu"):
-        choose("flash2", torch.device("cpu"), torch.bfloat16)
+        choose_attention("flash2", torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_broken_installation_is_not_hidden(gpu, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_broken_installation_is_not_hidden(gpu, monkeypatch):
 
     monkeypatch.setattr(module.importlib, "import_module", broken)
     with pytest.raises(ImportError, match="undefined symbol"):
-        choose("auto", CUDA, torch.bfloat16)
+        choose_attention("auto", CUDA, torch.bfloat16)
 
 
 def inputs(heads: int = 4, key_heads: int = 2):
@@ -117,7 +117,7 @@ def test_values(gpu, monkeypatch, documents, flash):
     q, k, v = inputs()
     if flash:
         calls = gpu(9, "flash3")
-        monkeypatch.setattr(module, "choose", lambda *_: "flash3")
+        monkeypatch.setattr(module, "choose_attention", lambda *_: "flash3")
     out = attention(q, k, v, document_ids=documents)
     expected = reference(q, k, v, torch.zeros(2, 12) if documents is None else documents)
     torch.testing.assert_close(out, expected)
@@ -134,7 +134,7 @@ def test_positions_restart_with_every_document():
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="'flash9'"):
-        attention(*inputs(), backend="flash9")
+        attention(*inputs(), implementation="flash9")
 
 
 def test_single_query_head_equals_torch():

@@ -1,4 +1,4 @@
-"""FLOPs against the products they count, and the memory estimate against the documentation's table."""
+"""FLOPs against the matrix products that they count, and estimated memory against the documentation's table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from patchkernels.model.cost import count_flops, memory_bytes
 def test_counted_flops_of_a_patch_step_on_the_same_tokens(patch_size, low):
     config = PatchLMConfig.preset("370m")
     ratio = count_flops(config, 1, 2048 // patch_size, patch_size) / count_flops(config, 1, 2048, 1)
-    assert low < ratio <= 1 / patch_size  # attention is quadratic, so it is less
+    assert low < ratio <= 1 / patch_size  # less, because attention is quadratic
 
 
 def test_counted_flops_are_the_products():

@@ -1,4 +1,4 @@
-"""Folders that transformers reads, and reading the folders that transformers writes."""
+"""transformers reads the folders that we write, and we read those that transformers writes."""
 
 from __future__ import annotations
 

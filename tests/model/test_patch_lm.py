@@ -1,4 +1,4 @@
-"""PatchLM against the paper's reference model, and against itself: causal, packed, compiled, checkpointed."""
+"""PatchLM against the paper's model, and against itself: causal, packed, compiled, checkpointed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(**changes) -> PatchLM:
 
 
 def reference_llama(model: PatchLM, tmp_path):
-    """transformers' LLaMA with the same weights; its RMSNorm made fp64, which it would cast to fp32."""
+    """transformers' LLaMA with the same weights. Its RMSNorm, which would cast to fp32, is replaced by one in fp64."""
     model.save_pretrained(tmp_path)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     reference.config._attn_implementation = "sdpa"
@@ -43,7 +43,7 @@ def reference_llama(model: PatchLM, tmp_path):
 
 
 def patch_train_loss(reference, ids, labels, patch_size):
-    """PatchTrain's loss: one log-softmax, the mean over slots of nll_loss's mean over valid rows."""
+    """PatchTrain's loss: one log-softmax, then the mean over slots of ``nll_loss``, a mean over valid rows."""
     embedded = reference.get_input_embeddings()(ids).unflatten(1, (-1, patch_size)).mean(2)
     logits = reference(inputs_embeds=embedded).logits
     log_p = F.log_softmax(logits[:, :-1].flatten(0, 1), -1)
@@ -71,7 +71,7 @@ def test_loss_and_gradients_of_the_papers_reference_model(tmp_path, patch_size, 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 def test_repeated_tokens_give_the_token_level_loss(patch_size):
-    """With every token K times, a patch's mean is the token, and its K targets are the same."""
+    """If every token is repeated K times, a patch's mean is its token's embedding, and its K targets are equal."""
     model = build()
     ids = torch.randint(0, 67, (2, 8))
     repeated = ids.repeat_interleave(patch_size, 1)

@@ -1,4 +1,4 @@
-"""Which backend runs, and that both offer the same functions."""
+"""The right backend runs, and both backends have the same functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_backend_asked_for_by_name_that_cannot_run_raises(monkeypatch):
 
 
 def functions_of(module):
-    """The public functions of a module of a backend, with their signatures."""
+    """The public functions of a backend's module, with their signatures."""
     public = {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
     names = getattr(module, "__all__", [n for n, f in public.items() if f.__module__ == module.__name__])
     return {name: inspect.signature(public[name]) for name in names}

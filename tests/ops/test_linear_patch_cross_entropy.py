@@ -1,4 +1,4 @@
-"""The loss with the head fused in: the gradient of the head, what is frozen, bad input."""
+"""The loss with the head fused in: the gradient of the head, frozen tensors, CUDA graphs, bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_head_gradient_is_summed_over_chunks_in_fp32_and_cast_once(backend, memo
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend, memory):
-    """Each row's dlogits are 1 / N of what they are alone, below fp16's smallest number, if formed after the mean."""
+    """The mean divides each row's dlogits by N, which would take them below the smallest number of fp16."""
     x, w = normal(4096, 4, dtype=torch.float16).requires_grad_(), normal(16, 4, dtype=torch.float16)
     target = torch.randint(0, 16, (4096, 1), device=DEVICE)
     backend = "eager" if DEVICE == "cpu" else backend

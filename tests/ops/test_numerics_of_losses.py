@@ -1,4 +1,4 @@
-"""The numerics that every form of the K-token loss promises, one test for each promise."""
+"""The numerical guarantees of every form of the K-token loss, one test for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_and_loss_are_fp32(backend):
-    """bf16 logits of 30000 equal classes: a bf16 sum of exp would stall at 256."""
+    """The bf16 logits of 30000 classes are equal, so that a sum of exp in bf16 would not grow beyond 256."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         logits = torch.zeros(1, 30000, dtype=dtype, device=DEVICE)
         loss = patch_cross_entropy(logits, torch.tensor([[0, 1]], device=DEVICE), backend=backend)
@@ -26,7 +26,7 @@ def test_statistics_and_loss_are_fp32(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("repeated", [False, True])
 def test_gradient_at_a_certain_target_is_formed_before_rounding(backend, repeated):
-    """p -> 1: in bf16 p rounds to 1, and p - 1 formed after rounding would be 0 instead of -6e-4 and the like."""
+    """p is near 1 and rounds to 1 in bf16, so that p - 1 after rounding would be 0 instead of about -6e-4."""
     logits = torch.zeros(1, 200, dtype=torch.bfloat16, device=DEVICE)
     logits[0, 7] = 12.5
     target = torch.full((1, 3 if repeated else 1), 7, device=DEVICE)
@@ -54,7 +54,7 @@ def test_callers_tensors_are_never_overwritten_and_a_second_backward_is_the_firs
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_value_is_read_back_on_the_way(form, monkeypatch):
-    """`.item()` and its kin, called from our code with the Triton backend, would synchronise a GPU."""
+    """Our code calls no `.item()` or the like with the Triton backend, since these would synchronise a GPU."""
     import sys
 
     ours, _, inputs = loss_forms("triton")[form]
@@ -88,7 +88,7 @@ def test_no_value_is_read_back_on_the_way(form, monkeypatch):
 
 
 def test_offsets_past_32_bits(tmp_path):
-    """Row 5 of stride 2^29 begins past element 2^31; the file is sparse, and only the rows' few pages are touched."""
+    """Row 5 of stride 2^29 begins past element 2^31. The file is sparse, and only the rows' few pages are touched."""
     vocab, stride, rows = 40, 2**29, 6
     if DEVICE == "cpu":
         storage = torch.from_file(

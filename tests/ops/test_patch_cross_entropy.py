@@ -1,4 +1,4 @@
-"""The K-token loss in all its forms against its eager definition in fp64: values and gradients."""
+"""The K-token loss in all its forms against its definition in fp64: values and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operator 1 against its eager definition in fp64: values and gradient."""
+"""Patch embedding against its definition in fp64: values and gradient."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_patch_size_1_is_embedding_bit_for_bit(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_gradient_is_deterministic_and_fp32(backend):
-    """One id in half of all places: some 500 equal summands would stall in bf16 at 256."""
+    """Half of all ids are the same: a sum of some 500 equal gradients would not grow beyond 256 of them in bf16."""
     ids = torch.where(torch.rand(16, 64) < 0.5, 3, torch.randint(0, 40, (16, 64))).to(DEVICE)
     weight = table(40, 2, torch.bfloat16).requires_grad_()
     ones = torch.ones(16, 16, 2, device=DEVICE, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What registered operators owe PyTorch: opcheck, compile, autocast, checkpointing, FLOP counts, clear errors."""
+"""Registered operators work with opcheck, compile, autocast, checkpointing and FLOP counts, and fail clearly."""
 
 from __future__ import annotations
 

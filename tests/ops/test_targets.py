@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 def test_target_weight(form, backend, reduction, per_row):
     target = targets(6, 3, 50)
     weight = torch.rand(6, 3, device=DEVICE) if per_row else torch.rand(3, device=DEVICE)
-    weight[..., 1] = 0  # a weight of 0 is an ignored target
+    weight[..., 1] = 0  # a target of weight 0 is ignored
     if per_row and reduction == "slot_mean":
         with pytest.raises(ValueError, match=r"slot_mean.*\(3,\).*\(6, 3\)"):
             check(form, backend, 6, 50, torch.float32, target, reduction=reduction, target_weight=weight)

@@ -1,4 +1,4 @@
-"""A vocabulary or a sequence in parts on several processes gives what one process gives, values and gradients."""
+"""A vocabulary or a sequence divided over several processes gives the values and gradients of one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from distributed import run
-from oracle import assert_as_exact_as_eager, outputs_and_gradients, relative_error
+from oracle import assert_as_exact_as_plain, outputs_and_gradients, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -47,7 +47,7 @@ def shard_of(tensor):
 
 
 def sharded_rows(local, vocab):
-    """The DTensor of ``vocab`` rows, or numbers, of which this process holds ``local``; differentiable."""
+    """The differentiable DTensor of ``vocab`` rows of which this process holds ``local`` (or numbers, for a bias)."""
     mesh, shape = init_device_mesh("cpu", (dist.get_world_size(),)), (vocab, *local.shape[1:])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
@@ -83,27 +83,27 @@ def check_losses(vocab):
                 return loss(x, *(sharded_rows(t, vocab) for t in (weight, bias) if t is not None))
 
             exact = outputs_and_gradients(full, *(t.double() for t in leaves))
-            # one process, which is as exact as eager code: test_patch_cross_entropy.py
+            # test_patch_cross_entropy.py shows that one process is as exact as plain PyTorch
             one = outputs_and_gradients(one_process, *leaves)
             ours = outputs_and_gradients(sharded, x, *(shard_of(t) for t in leaves[1:]))
             compare_parts(ours, one, exact, whole=2)
             with torch.no_grad():
                 loss = sharded(x, *(shard_of(t) for t in leaves[1:]))
-            assert_as_exact_as_eager(loss, one[0], exact[0])
+            assert_as_exact_as_plain(loss, one[0], exact[0])
 
 
 def compare_parts(ours, others, exact, whole):
-    """The first results are the same on all ranks, the others each rank's rows."""
+    """The first ``whole`` results must be the same on all ranks; of the others every rank has its rows."""
     for i, (a, b, c) in enumerate(zip(ours, others, exact, strict=True)):
         if i < whole:
-            assert_as_exact_as_eager(a, b, c)
+            assert_as_exact_as_plain(a, b, c)
         else:
             bound = 2 * max(relative_error(b, c), 4 * torch.finfo(a.dtype).eps)
             assert float((a.double() - shard_of(c)).norm()) <= bound * float(c.norm())
 
 
 def check_kernels():
-    """The Triton path, interpreted."""
+    """The Triton backend under Triton's interpreter."""
     x, weight, bias, target = inputs(dtype=torch.float32)
     for options in ({}, {"label_smoothing": 0.1, "softcap": 3.0, "z_loss_weight": 0.01}):
 
@@ -189,7 +189,7 @@ def check_embedding(vocab):
 
 
 def check_modules_with_sharded_tensors():
-    """A tied head and embedding, as torch's tensor parallel shards them; once with DTensor activations."""
+    """A tied head and embedding, sharded as torch's tensor parallelism does, with and without DTensor activations."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     ids = torch.randint(0, VOCAB, (2, 12))
@@ -223,7 +223,7 @@ def check_modules_with_sharded_tensors():
 
 
 def check_communication():
-    """As many reductions for four targets as for one: two and one for dx."""
+    """Four targets take as many reductions as one: two, and one for dx."""
     counts = []
     for slots in (1, 4):
         x, weight, _, target = inputs(slots)
@@ -237,7 +237,7 @@ def check_communication():
 
 
 def check_sequence():
-    """A sequence over ranks: each has its part of the patches, and the next rank's first as its last target."""
+    """Every rank has its part of a sequence's patches. Its last target is the next rank's first patch."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), 3
     lengths = (9, 6, 12)[: dist.get_world_size()]
     torch.manual_seed(0)
@@ -262,7 +262,7 @@ def check_sequence():
 
 
 def check_tensor_parallel_model():
-    """An enabled Llama whose embedding and head torch's tensor parallel shards, in a patch step and a token step."""
+    """An enabled Llama, its embedding and head sharded by torch's tensor parallelism, in a patch and a token step."""
     import transformers
 
     from patchkernels import hf

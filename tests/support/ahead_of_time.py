@@ -1,8 +1,8 @@
-"""Builds every kernel's default configurations for GPUs that need not be here, and prints what the compilers say.
+"""Builds every kernel's default configurations, for GPUs that need not be present, and prints what became of them.
 
     python tests/support/ahead_of_time.py > report.json
 
-In a process of its own, because under the interpreter, where the other kernel tests run, nothing is compiled.
+It runs in a process of its own, because the other kernel tests use Triton's interpreter, which compiles nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = ("bf16", "fp32")
 
 
 def cross_entropy_cases() -> dict[str, tuple]:
-    """(kernel, signature of pointers and scalars, constexprs, num_warps)."""
+    """By name: kernel, types of its pointers and scalars, values of its constexprs, and num_warps."""
     cases = {}
     for dtype in DTYPES:
         for vocab in (512, 128256):
@@ -134,7 +134,7 @@ def build(name: str, target: str):
     names = kernel.arg_names
     assert set(names) == set(types) | set(constants), "the kernel's signature and this test disagree"
     signature = {argument: types.get(argument, "constexpr") for argument in names}
-    # what the launcher finds for aligned tensors: pointers, strides and sizes divisible by 16
+    # Triton's launcher finds that pointers, strides and sizes are divisible by 16 if tensors are aligned.
     aligned = [n for n in types if n.endswith(("_ptr", "_stride")) or n in ("V", "D", "readable")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)

@@ -1,4 +1,4 @@
-"""Tests of several processes: ``run(function, world_size, *arguments)`` with gloo."""
+"""Runs a function of a test in several processes: ``run(function, world_size, *arguments)``, with gloo."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ SECONDS = 240
 
 
 def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """``function(*arguments)``, a test module's own, in as many processes of one group; what each returned.
+    """Runs ``function(*arguments)`` in ``world_size`` processes of one group, and returns the result of each.
+
+    The function must be one of a test module, which every process imports.
 
     Raises:
-        AssertionError: with the traceback of the first process that failed, or where one never answered.
+        AssertionError: a process failed, with its traceback, or died, or did not answer in time.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -68,7 +70,7 @@ def _process(
     import patchkernels  # noqa: F401  (before the checkout leaves the path, as in conftest.py)
 
     leave_checkout()
-    faulthandler.enable()  # a crash says where
+    faulthandler.enable()  # prints where a crash happened
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
@@ -92,4 +94,4 @@ def _process(
     answers.put((rank, result, error))
     answers.close()
     answers.join_thread()
-    os._exit(0)  # what gloo and torch leave running at exit has crashed processes that were done
+    os._exit(0)  # threads of gloo and torch that still run at exit have crashed finished processes

@@ -1,4 +1,4 @@
-"""What tests of experiments share: an experiment of a few seconds, and readers of the folder that it leaves."""
+"""Shared by tests of experiments: an experiment of a few seconds, and readers of the folder that it writes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def small_experiment(text: Path, out: Path, **changes: Any) -> ExperimentConfig:
 
 
 def laboratory_of(config: ExperimentConfig) -> Laboratory:
-    """The laboratory of an experiment, before any run and without a deadline."""
+    """The laboratory of an experiment that has run nothing yet and has no deadline."""
     return Laboratory(config, prepare(config.data), math.inf, Console(quiet=True))
 
 
 def lines_of(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of ``results.jsonl`` of that kind."""
+    """The lines of ``results.jsonl`` whose kind is ``kind``."""
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 

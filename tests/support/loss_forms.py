@@ -1,4 +1,4 @@
-"""The K-token losses in every form that they have, each beside its eager definition: what their tests share."""
+"""Shared by tests of the K-token losses: every form of the loss, beside its definition in ``reference``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def targets(rows: int, slots: int, vocab: int, ignored: float = 0.3, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
-    """Some ignored, some repeated within a row, one row with nothing valid."""
+    """Random targets: some ignored, some repeated within a row, one row without a valid target."""
     t = torch.randint(0, vocab, (rows, slots))
     t[rows // 3] = t[rows // 3, 0]
     t = torch.where(torch.rand(rows, slots) < ignored, ignore_index, t)
@@ -33,8 +33,8 @@ def targets(rows: int, slots: int, vocab: int, ignored: float = 0.3, ignore_inde
 
 
 def loss_forms(backend: str):
-    """By form: our function, its eager definition, and a function that draws the inputs of both."""
-    fused = {"logits_bytes": 700, "backend": backend}  # a few rows a chunk, a few classes a slice
+    """For each form: our function, its definition in ``reference``, and a function that draws the inputs of both."""
+    fused = {"logits_bytes": 700, "backend": backend}  # a few rows per chunk, a few classes per slice
     linear_inputs = lambda rows, vocab, dtype: [  # noqa: E731
         normal(rows, 6, dtype=dtype),
         normal(vocab, 6, dtype=dtype),

@@ -1,4 +1,4 @@
-"""What the operators' tests share: the device, the backends with their dtypes, and the tolerance."""
+"""Shared by tests of the operators: the device, the backends with their dtypes, and the tolerance."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BACKEND_DTYPES = [
 ]
 
 
-# The error that is always allowed, in units of eps. Eager code in the same dtype may happen to be exact, and fp64 has
-# nothing more exact to compare with. 16-bit results are rounded once or twice, and Triton's interpreter truncates where
-# a GPU rounds to nearest.
+# The error that is always allowed, in units of eps. Plain PyTorch in the same dtype may happen to be exact, and fp64
+# results have nothing more exact to compare with. 16-bit results are rounded once or twice, and Triton's interpreter
+# truncates where a GPU rounds to nearest.
 FLOOR = {torch.float64: 64, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
@@ -32,10 +32,10 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value - exact).norm() / norm) if norm > 0 else float(value.norm())
 
 
-def assert_as_exact_as_eager(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Error against fp64 at most twice that of eager code in the same dtype, or the floor above."""
+def assert_as_exact_as_plain(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Asserts an error against fp64 of at most twice that of plain PyTorch in the same dtype, or of the floor above."""
     assert ours.shape == exact.shape
-    bound = max(2 * relative_error(eager, exact), FLOOR[ours.dtype] * torch.finfo(ours.dtype).eps)
+    bound = max(2 * relative_error(plain, exact), FLOOR[ours.dtype] * torch.finfo(ours.dtype).eps)
     error = relative_error(ours, exact)
     if ours.dtype == torch.float64:  # a loss near 0 is a difference of numbers of order 1, so its error is absolute
         error *= min(1.0, float(exact.norm()) or 1.0)
@@ -43,7 +43,7 @@ def assert_as_exact_as_eager(ours: Tensor, eager: Tensor, exact: Tensor) -> None
 
 
 def outputs_and_gradients(function: Callable[..., Tensor], *inputs: Tensor, seed: int = 1) -> list[Tensor]:
-    """The result, and the gradient of every floating input for a random upstream gradient."""
+    """The result, and the gradients of all floating-point inputs for a random upstream gradient."""
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs]
     out = function(*leaves)
     upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 2
@@ -52,8 +52,8 @@ def outputs_and_gradients(function: Callable[..., Tensor], *inputs: Tensor, seed
 
 
 def compare(ours: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Values and all gradients of ``ours`` against ``reference`` in fp64, as exact as ``reference`` in this dtype."""
+    """Asserts that value and gradients of ``ours`` are as exact as those of ``reference`` in the same dtype."""
     exact = outputs_and_gradients(reference, *(t.double() if t.is_floating_point() else t for t in inputs))
-    eager = outputs_and_gradients(reference, *inputs)
-    for mine, same_dtype, best in zip(outputs_and_gradients(ours, *inputs), eager, exact, strict=True):
-        assert_as_exact_as_eager(mine, same_dtype, best)
+    plain = outputs_and_gradients(reference, *inputs)
+    for value, plain_value, exact_value in zip(outputs_and_gradients(ours, *inputs), plain, exact, strict=True):
+        assert_as_exact_as_plain(value, plain_value, exact_value)

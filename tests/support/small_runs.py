@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a text of random words, a model of a few thousand parameters, small settings."""
+"""Shared by tests of whole runs: a text of random words, a model of a few thousand parameters, small settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_random_text(folder: Path, documents: int = 40, words: int = 150, vocab
 
 
 def data_of(text: Path) -> DataConfig:
-    """The settings that make 300 tokens and a tenth held out of that text, cached beside it."""
+    """Settings for ``text``: a vocabulary of 300 tokens, a tenth of the text held out, the cache beside it."""
     cache = str(text.parent / "cache")
     return DataConfig(path=str(text), vocab_size=300, validation_fraction=0.1, cache_dir=cache)
 
@@ -55,12 +55,12 @@ def small_run(text: Path, out: Path) -> TrainConfig:
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """The configuration with these settings, each under the short name that is unique among all groups."""
+    """The configuration with some settings changed, named without their group: names are unique among all groups."""
     groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    owner_of = {field.name: owner for owner, group in groups.items() for field in dataclasses.fields(group)}
-    for owner in {owner_of[name] for name in changes}:
-        of_owner = {name: value for name, value in changes.items() if owner_of[name] == owner}
-        groups[owner] = dataclasses.replace(groups[owner], **of_owner)
+    owner_of = {field.name: group for group, group in groups.items() for field in dataclasses.fields(group)}
+    for group in {owner_of[name] for name in changes}:
+        of_owner = {name: value for name, value in changes.items() if owner_of[name] == group}
+        groups[group] = dataclasses.replace(groups[group], **of_owner)
     return TrainConfig(**groups)
 
 

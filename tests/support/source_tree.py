@@ -1,4 +1,4 @@
-"""A small tree of source files, and what a source gives of it: shared by tests of sources, packing and scripts."""
+"""A small tree of source files, and readers of it: shared by tests of sources, packing and scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENDINGS = (".c", ".h")
 
 
 def write_tree(root: Path) -> Path:
-    """Source files, a directory that was copied and edited, Makefiles, a duplicate, and files that are no text."""
+    """Writes source files, a directory that was copied and edited, Makefiles, a duplicate, and files without text."""
     for i in range(40):
         (root / f"drivers/d{i}").mkdir(parents=True)
         (root / f"drivers/d{i}/unit{i}.c").write_text(f"int unit{i}(void) {{ return {i}; }}\n" * (i + 5))
@@ -35,7 +35,7 @@ def documents(path: Path, endings: tuple[str, ...] = ()) -> list[Document]:
 
 
 def data_settings(path: Path, cache_folder: Path, endings: tuple[str, ...] = ()) -> DataConfig:
-    """Settings that make 300 tokens and hold out a fifth of the text, cached in ``cache_folder``."""
+    """Settings with a vocabulary of 300 tokens and a fifth of the text held out, cached in ``cache_folder``."""
     cache = str(cache_folder / "cache")
     return DataConfig(path=str(path), endings=endings, vocab_size=300, validation_fraction=0.2, cache_dir=cache)
 

@@ -1,4 +1,4 @@
-"""A training run on two processes gives what it gives on one, also where it is resumed on another number of them."""
+"""A training run on two processes gives the result of one, also when it is resumed on another number of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(text, tmp_path) -> TrainConfig:
 
 
 def train_and_stop(config, step):
-    """A crash of all processes as the given step begins."""
+    """Trains, and crashes all processes as the given step begins. Returns the names of the checkpoints."""
     PRESETS.update(SMALL)
     read = Batches.batch
 
@@ -63,7 +63,7 @@ def train_in_processes(config, resumed=False):
 
 
 def assert_same(run_a, run_b):
-    """Logs and weights are the same up to rounding."""
+    """Asserts that logs and weights are the same up to rounding."""
     a, b = read_log(run_a / "log.jsonl"), read_log(run_b / "log.jsonl")
     assert [line["step"] for line in a] == [line["step"] for line in b]
     for x, y in zip(a, b):
@@ -99,7 +99,7 @@ def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):
         ours = changed(config, out=str(out))
         (saved, *_) = run(train_and_stop, first, ours, 7)
         assert saved[-1] == "step-00000006"
-        leftover = out / "checkpoints" / ".step-00000009"  # of a kill
+        leftover = out / "checkpoints" / ".step-00000009"  # as a killed process leaves it
         leftover.mkdir()
         run(train_in_processes, second, ours, True)
         assert not leftover.exists()
@@ -111,7 +111,7 @@ def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):
 
 
 def train_and_signal(config):
-    """SIGTERM to one of the processes as its sixth step begins."""
+    """Trains, and sends SIGTERM to one of the processes as its sixth step begins. Returns the exit code."""
     PRESETS.update(SMALL)
     read = Batches.batch
 

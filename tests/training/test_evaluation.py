@@ -1,4 +1,4 @@
-"""Losses on the held-out text, against what they must be."""
+"""Losses on the held-out text against expected values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_loss_before_the_first_step_is_that_of_chance_in_every_phase_and_slo
 
 
 def test_validation_is_token_level_in_a_patch_phase(config):
-    """Against transformers' model and PyTorch's cross entropy, on the rows that were held out."""
+    """The losses are those of transformers' model and PyTorch's cross entropy on the held-out rows."""
     run = train(changed(config, phases="4:1"))
     (last,) = read_log(run / "log.jsonl")[-1:]
     corpus, context = prepare(config.data), config.schedule.context

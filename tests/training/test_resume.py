@@ -25,7 +25,7 @@ from patchkernels.training.train import train
 
 
 def stop_at(monkeypatch, step: int) -> None:
-    """A crash as the given step begins, with the reading of its batch."""
+    """Makes a run crash as the given step begins, when it reads its batch."""
     read = Batches.batch
 
     def batch(self, at):
@@ -59,7 +59,7 @@ train(pickle.loads(bytes.fromhex(sys.argv[1])))
 
 
 def launch(config: TrainConfig) -> subprocess.Popen:
-    """The run in a process of its own."""
+    """Starts the run in a process of its own."""
     path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "tests" / "support")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", SCRIPT, pickle.dumps(config).hex()]
@@ -84,11 +84,12 @@ def test_killed_at_random_moments(config, tmp_path):
         found = checkpoints(run / "checkpoints")
         process = launch(changed(config, resume=bool(found)))
         done = int(found[-1].name[5:]) if found else 0
-        wait_for_step(run, 31 if attempt == 1 and done < 31 else done + generator.randint(3, 12), process)  # 32: switch
+        # The phase changes after step 32: one of the attempts is killed close to it.
+        wait_for_step(run, 31 if attempt == 1 and done < 31 else done + generator.randint(3, 12), process)
         time.sleep(generator.random() * 0.01)
         process.kill()
         process.communicate()
-    (run / "checkpoints" / ".step-00000099.1").mkdir()  # as a kill while saving leaves one behind
+    (run / "checkpoints" / ".step-00000099.1").mkdir()  # as a process leaves it that is killed while saving
     process = launch(changed(config, resume=True))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -136,7 +137,7 @@ def test_out_of_time_saves_and_goes_on(config, tmp_path, monkeypatch):
             read, count = Batches.batch, iter(range(100))
 
             def batch(self, at, read=read, count=count):
-                if next(count) == 5:  # one of them is the phase's preparation
+                if next(count) == 5:  # one of the reads is for the warm-up of the phase
                     time.sleep(0.3)
                 return read(self, at)
 

@@ -1,4 +1,4 @@
-"""The training run: what it leaves behind, its options, how it ends when it diverges, and bad input."""
+"""The training run: the files that it writes, its options, divergence and bad input."""
 
 from __future__ import annotations
 
