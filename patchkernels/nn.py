@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from patchkernels.numerics import check_patch_size
 from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
 from patchkernels.ops.patch_embedding import patch_embedding
 
@@ -35,8 +36,7 @@ class PatchEmbedding(nn.Embedding):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        check_patch_size(patch_size)
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, device=device, dtype=dtype)
         self.patch_size = patch_size
 

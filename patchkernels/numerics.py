@@ -19,6 +19,11 @@ class LossOptions(NamedTuple):
     z_loss_weight: float = 0.0
 
 
+# The fields of LossOptions as they stand in an operator's schema. A schema has no tuples, so each field is an argument.
+# They come last, and the operator's function receives them as `*loss_options`.
+LOSS_OPTIONS = "SymInt ignore_index, float label_smoothing, float? softcap, float z_loss_weight"
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtype`` are summed: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -34,6 +39,12 @@ def inverse_counts(
     if padding_idx is None or patch_size == 1:
         return torch.full((patches,), 1 / patch_size, dtype=dtype, device=ids.device)
     return (ids != padding_idx).sum(-1).clamp(min=1).to(dtype).reciprocal()
+
+
+def check_patch_size(patch_size: int) -> None:
+    """Raises ValueError for a patch size below 1."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
 
 
 def check_ids(ids: Tensor, vocab: int) -> None:

@@ -20,8 +20,10 @@ from itertools import accumulate
 
 CONVENTIONS = ("positions", "tokens")
 SHARES = ("data", "steps")
-SHAPES = ("wsd", "cosine")
+DECAYS = ("wsd", "cosine")
 SCOPES = ("run", "phase")
+OPTIMIZER_AT_SWITCH = ("carry", "reset")
+DEFAULT_PHASES = "4:2/3,1:1/3"  # PatchTrain's setting, half the cost of token-level training
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Schedule:
                     f"context must be divisible by the patch size, got {self.context} and {phase.patch_size}"
                 )
         smallest_piece = math.lcm(*(self.row_tokens(phase) for phase in self.phases))
-        if self.piece_tokens == 0:
+        if not self.piece_tokens:
             object.__setattr__(self, "piece_tokens", smallest_piece)  # the instance is frozen
         if self.piece_tokens % smallest_piece:
             raise ValueError(
@@ -181,8 +183,8 @@ class LearningRate:
     scope: str = "run"
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES or self.scope not in SCOPES:
-            raise ValueError(f"expected one of {SHAPES} over one of {SCOPES}, got {self.shape!r} over {self.scope!r}")
+        if self.shape not in DECAYS or self.scope not in SCOPES:
+            raise ValueError(f"expected one of {DECAYS} over one of {SCOPES}, got {self.shape!r} over {self.scope!r}")
         if not (0 < self.peak < math.inf and 0 <= self.warmup < 1 and 0 <= self.decay <= 1):
             raise ValueError(f"expected a finite lr > 0, warmup in [0, 1), decay in [0, 1], got {self}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ from checkout import CHECKOUT
 
 LAYERS = (
     ("numerics", "schedule", "files"),
-    ("reference", "kernels", "eager", "data"),
+    ("kernels", "eager", "data"),
     ("ops",),
     ("nn", "hf", "torchtitan"),
     ("model",),
     ("training",),
     ("experiment",),
-    ("cli", "__init__"),
+    ("cli", "__init__", "reference"),  # the reference is for tests and benchmarks: nothing in the library imports it
     ("__main__",),
 )
+OUTSIDE = ("bench", "examples", "kernels", "tests")  # top-level names of a checkout, which no installation has
 LAYER_OF = {member: number for number, layer in enumerate(LAYERS) for member in layer}
 LONGEST_FUNCTION = 60  # lines of code
 
@@ -42,19 +44,22 @@ def sources() -> dict[str, str]:
 
 def imports(name: str, modules: dict[str, str]) -> set[str]:
     """The modules of the library that a module imports."""
-    found = set()
-    for node in ast.walk(ast.parse(modules[name])):
+    found = {resolve(text, modules) for text in imported_names(modules[name])}
+    return {module for module in found if module} - {name}
+
+
+def imported_names(text: str) -> set[str]:
+    """The dotted names that a module imports, and the strings in it that could be such names."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            named = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import"
-            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, "a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            named = [node.value] if node.value.startswith("patchkernels.") and node.value in modules else []
-        else:
-            continue
-        found |= {module for text in named if (module := resolve(text, modules))}
-    return found - {name}
+            names |= {node.value} if re.fullmatch(r"patchkernels(\.\w+)+", node.value) else set()
+    return names
 
 
 def resolve(text: str, modules: dict[str, str]) -> str | None:
@@ -72,6 +77,8 @@ def violations(modules: dict[str, str]) -> list[str]:
     found = []
     for name, imported in graph.items():
         folder = name.split(".")[1]
+        outside = {text.split(".")[0] for text in imported_names(modules[name])} & set(OUTSIDE)
+        found += [f"{name} imports {other}, which is not installed" for other in sorted(outside)]
         for other in sorted(imported):
             other_folder = other.split(".")[1]
             if folder != other_folder and LAYER_OF[other_folder] >= LAYER_OF[folder]:
@@ -99,6 +106,10 @@ def test_modules_import_from_lower_layers_and_not_in_circles():
         ("patchkernels.files", "from patchkernels.schedule import Phase", "not of a lower layer"),
         ("patchkernels.kernels.cross_entropy", "import patchkernels.ops.backend", "not of a lower layer"),
         ("patchkernels.ops.vocab_shard", "module = 'patchkernels.training.log'", "not of a lower layer"),
+        ("patchkernels.data.tokenizer", "importlib.import_module('patchkernels.model')", "not of a lower layer"),
+        ("patchkernels.ops.targets", "from patchkernels import reference", "not of a lower layer"),
+        ("patchkernels.kernels.patch_embedding", "import kernels.cross_entropy", "imports kernels"),
+        ("patchkernels.hf.rows", "def f():\n    from bench.peers import Missing", "imports bench"),
         ("patchkernels.ops.targets", "def f():\n    import patchkernels.ops.linear_patch_cross_entropy", "a circle"),
     ],
 )

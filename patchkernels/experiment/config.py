@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from patchkernels.data.corpus import DataConfig
-from patchkernels.schedule import cost_of
+from patchkernels.schedule import DEFAULT_PHASES, cost_of
 from patchkernels.training.config import (
     CheckpointConfig,
     LogConfig,
@@ -107,7 +107,7 @@ def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
 ARM_NAMES = tuple(arms(ScheduleConfig()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExperimentConfig:
     """Compares patch-level with token-level training on a corpus: training runs ("arms") over the same data.
 
@@ -123,7 +123,7 @@ class ExperimentConfig:
     arms: tuple[str, ...] = ("A", "B", "C")
     """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3) and multi
     (K = 8, 4, 2, 1). Arms can be added to an experiment later; finished runs are kept."""
-    phases: str = "4:2/3,1:1/3"
+    phases: str = DEFAULT_PHASES
     """B's patch sizes and shares of the data."""
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
@@ -165,9 +165,12 @@ class ExperimentConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         self._check_phases()
+
+    def check(self) -> None:
+        """Raises ``ValueError`` for a preset, a batch size or a warmup that no run of the experiment could have."""
         for name in self.arms:
             self.warmup_of(name)
-        _ = self.effective_budget  # made here, so that settings which training refuses raise at once
+        self.effective_budget.base.check()
 
     def _check_phases(self) -> None:
         """Checks that B ends token by token, that an arm has patches, and that a row holds two patches of any size."""

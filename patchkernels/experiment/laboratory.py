@@ -59,6 +59,7 @@ def experiment(config: ExperimentConfig) -> Path:
         Stopped: a signal came, or ``minutes`` are over. Everything is saved, and the same call continues.
     """
     began = time.monotonic()
+    config.check()
     if environment(choose_device(config.device)).world_size > 1:
         raise ValueError("the experiment runs in one process: start it without torchrun")
     budget, console = config.effective_budget, Console()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from patchkernels.hf.class_swap import restore_class, swap_class
 from patchkernels.hf.modules import LossHeadMixin, PatchEmbeddingMixin, PatchSettings, PatchState, runs_forward_of
-from patchkernels.hf.patch_step import PatchSizeMixin, PatchStepMixin, check_patch_size
+from patchkernels.hf.patch_step import PatchSizeMixin, PatchStepMixin
 from patchkernels.hf.probe import describe, find_logit_map, inexactness, probe_ids, token_loss
+from patchkernels.numerics import check_patch_size
 
 logger = logging.getLogger("patchkernels")
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,7 +76,7 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check_patch_size(patch_size)
     if not isinstance(inner, PatchStepMixin):
-        swap_classes(inner, name)
+        attach_patch_step(inner, name)
     state: Any = inner._patch_state
     state.settings.patch_size = patch_size
     state.settings.reduction = reduction
@@ -85,7 +86,7 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
     return model
 
 
-def swap_classes(model: Any, name: str) -> None:
+def attach_patch_step(model: Any, name: str) -> None:
     """Swaps the classes of the model, its embedding and its head for an exact patch step.
 
     Raises:

@@ -23,7 +23,7 @@ from patchkernels.hf.modules import (
     patch_means,
     runs_forward_of,
 )
-from patchkernels.numerics import IGNORE_INDEX
+from patchkernels.numerics import IGNORE_INDEX, check_patch_size
 from patchkernels.ops.patch_cross_entropy import patch_cross_entropy
 from patchkernels.ops.targets import mask_document_starts, next_patch_targets
 
@@ -32,11 +32,6 @@ NO_CLASS = -1  # a target outside every vocabulary: on a GPU its loss is NaN
 
 class PatchSizeError(ValueError):
     """A batch that cannot be cut into patches."""
-
-
-def check_patch_size(patch_size: int) -> None:
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
 
 
 class PatchSizeMixin(SwappedClass):

@@ -31,10 +31,9 @@ from patchkernels.hf.rows import (
     examples_of_steps,
 )
 from patchkernels.numerics import IGNORE_INDEX
-from patchkernels.schedule import CONVENTIONS, SCOPES, Schedule, parse_phases
+from patchkernels.schedule import CONVENTIONS, DEFAULT_PHASES, OPTIMIZER_AT_SWITCH, SCOPES, Schedule, parse_phases
 
 SCHEDULE_FILE = "patch_schedule.json"
-OPTIMIZER_AT_SWITCH = ("carry", "reset")
 
 
 class PatchTraining:
@@ -69,7 +68,7 @@ class PatchTraining:
     def __init__(
         self: Any,
         *args: Any,
-        phases: str = "4:2/3,1:1/3",
+        phases: str = DEFAULT_PHASES,
         shares_of: str = "data",
         convention: str = "positions",
         optimizer_at_switch: str = "carry",

@@ -55,8 +55,6 @@ def attention(
         ValueError: an unknown implementation.
         RuntimeError: a FlashAttention is asked for by name and cannot run here. The message has the reason.
     """
-    if implementation not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {ATTENTIONS}, got {implementation!r}")
     chosen = choose_attention(implementation, q.device, q.dtype)
     if chosen == "sdpa":
         return _sdpa(q, k, v, document_ids)
@@ -83,6 +81,8 @@ def choose_attention(implementation: str, device: torch.device, dtype: torch.dty
 
 @functools.cache
 def _choose_cached(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    if implementation not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {ATTENTIONS}, got {implementation!r}")
     if implementation == "auto":
         usable = [name for name in FLASH if reason_unavailable(name, device, dtype) is None]
         chosen = usable[0] if usable else "sdpa"

@@ -1,7 +1,8 @@
 """The choice of the backend: Triton kernels for tensors on a GPU, PyTorch code elsewhere.
 
 The folders ``kernels`` (Triton) and ``eager`` (PyTorch) hold the same modules with the same functions. The operators
-get these modules from :func:`implementation`; no other code depends on the backend.
+get these modules from :func:`implementation`; no other code asks which backend runs. The one part of an operator that
+is PyTorch code in both is the lookup in a table that is sharded over processes.
 """
 
 from __future__ import annotations

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LossOptions
+from patchkernels.numerics import LOSS_OPTIONS, LossOptions
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.flop_formulas import linear_flops, register_flops
 from patchkernels.ops.linear_buffers import add_product, chunk_rows, logits_chunks, new_outputs, without_autocast
-from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
 
 
 @torch.library.custom_op(
     "patchkernels::linear_patch_cross_entropy",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, int logits_bytes, "
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, SymInt logits_bytes, "
     f"str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @without_autocast()

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LossOptions, accumulation_dtype, row_losses
+from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, row_losses
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.flop_formulas import linear_flops, register_flops
 from patchkernels.ops.linear_buffers import add_product, chunk_rows, logits_chunks, new_outputs, without_autocast
-from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
 from patchkernels.ops.vocab_shard import VocabShard, max_, process_group, sum_
 
 
 @torch.library.custom_op(
     "patchkernels::linear_vocab_parallel",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, int first, int vocab, "
-    f"str group, int logits_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, "
+    f"SymInt first, SymInt vocab, str group, SymInt logits_bytes, str backend, {LOSS_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 @without_autocast()
 def _losses_and_gradients(

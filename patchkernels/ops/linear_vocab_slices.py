@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from patchkernels.numerics import LossOptions, accumulation_dtype, row_losses
+from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, row_losses
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
 from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
-from patchkernels.ops.patch_cross_entropy import LOSS_OPTIONS
 
 SMALLEST_SLICE_BYTES = 2**20  # matrix products with a smaller slice are slow
 
@@ -90,7 +89,7 @@ class _VocabSliceLosses(torch.autograd.Function):
 @torch.library.custom_op(
     "patchkernels::linear_low_memory",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, int slice_bytes, str backend, "
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, SymInt slice_bytes, str backend, "
     f"{LOSS_OPTIONS}) -> (Tensor, Tensor)",
 )
 @without_autocast()
@@ -121,7 +120,7 @@ def _forward(
     "patchkernels::linear_low_memory_backward",
     mutates_args=(),
     schema="(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor lse, bool[] needs, "
-    f"int slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"SymInt slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 @without_autocast()
 def _backward(

@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from patchkernels.numerics import IGNORE_INDEX, LossOptions, accumulation_dtype
+from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
-
-# The fields of LossOptions as they stand in an operator's schema. A schema has no tuples, so each field is an argument.
-# They come last, and the operator's function receives them as `*loss_options`.
-LOSS_OPTIONS = "int ignore_index, float label_smoothing, float? softcap, float z_loss_weight"
 
 
 def patch_cross_entropy(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from patchkernels.numerics import accumulation_dtype, check_ids, inverse_counts
+from patchkernels.numerics import accumulation_dtype, check_ids, check_patch_size, inverse_counts
 from patchkernels.ops.backend import choose_backend, implementation
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
@@ -78,8 +78,7 @@ def patch_embedding(
 
 
 def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None:
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    check_patch_size(patch_size)
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (V, D), got {tuple(weight.shape)}")
     if input_ids.ndim == 0:
@@ -115,7 +114,10 @@ class _PatchEmbedding(torch.autograd.Function):
 
 
 class _ShardedPatchEmbedding(torch.autograd.Function):
-    """Patch embedding with a table whose rows are sharded over processes."""
+    """Patch embedding with a table whose rows are sharded over processes.
+
+    The lookup in the shard is PyTorch code in every backend; the gradient is the backend's.
+    """
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, shard: VocabShard, backend: str) -> Tensor:

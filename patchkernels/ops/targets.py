@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkernels.numerics import IGNORE_INDEX, LossOptions, accumulation_dtype
+from patchkernels.numerics import IGNORE_INDEX, LossOptions, accumulation_dtype, check_patch_size
 
 REDUCTIONS = ("mean", "slot_mean", "sum", "none")
 
@@ -44,8 +44,7 @@ def next_patch_targets(
     Raises:
         ValueError: K < 1, T not divisible by K, or a process without a patch.
     """
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    check_patch_size(patch_size)
     if labels.ndim == 0 or labels.shape[-1] % patch_size:
         raise ValueError(
             f"labels must have shape (..., T) with T divisible by patch_size, got {tuple(labels.shape)} "

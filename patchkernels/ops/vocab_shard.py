@@ -21,7 +21,8 @@ def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
     """The local rows of a weight and their place in it, which is None if this process holds all rows.
 
     Raises:
-        ValueError: a DTensor of other placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension.
+        ValueError: a DTensor of other placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension, or one
+            whose rows are not divided as ``torch.chunk`` divides them.
     """
     if not _is_dtensor(weight):
         return weight, None
@@ -36,8 +37,14 @@ def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
             f"{name} must be sharded by its rows, placements (Shard(0),) on a mesh of one dimension, "
             f"got {placements} on a mesh of shape {tuple(mesh.shape)}"
         )
-    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-    return sharded.to_local(), VocabShard(offset[0], weight.shape[0], mesh.get_group().group_name)
+    local: Tensor = sharded.to_local()
+    (rows, *_), (first, *_) = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    if len(local) != rows:
+        raise ValueError(
+            f"the rows of {name} must be divided over the mesh as torch.chunk divides them: this process must hold "
+            f"{rows} of its {weight.shape[0]} rows, got {len(local)}"
+        )
+    return local, VocabShard(first, weight.shape[0], mesh.get_group().group_name)
 
 
 def replicated(tensor: Any, name: str) -> Tensor:

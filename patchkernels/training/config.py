@@ -4,7 +4,8 @@
 name of their group (``--data.path``); all others are unique without it (``--lr``, ``--phases``).
 
 Groups have a method ``check``, which the settings of the whole command call. If a group checked itself when it is made,
-the command line would report the error under an internal name of its parser.
+the command line would report the error under an internal name of its parser. What takes more than a look at a value
+is checked by :meth:`TrainConfig.check`, before a run does any work.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from patchkernels.data.corpus import DataConfig
 from patchkernels.model.config import PatchLMConfig
-from patchkernels.schedule import LearningRate, Phase, Schedule, parse_phases
+from patchkernels.schedule import DEFAULT_PHASES, OPTIMIZER_AT_SWITCH, LearningRate, Phase, Schedule, parse_phases
 from patchkernels.training.processes import PARALLEL_MODES
 
-OPTIMIZER_AT_SWITCH = ("carry", "reset")
+ENDLESS = 10**15  # tokens of a corpus that no schedule is too long for
 
 
 def check_at_least_one(settings: Any, *names: str) -> None:
@@ -34,7 +35,7 @@ def check_at_least_one(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """The model that is trained."""
 
@@ -45,9 +46,6 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each layer, and compute the rest again in the backward pass: less memory, more time."""
 
-    def check(self) -> None:
-        PatchLMConfig.preset(self.preset)  # raises for an unknown name
-
     def architecture(self, **changes: Any) -> PatchLMConfig:
         """The preset with these settings and with ``changes``, which come from the data and the schedule."""
         return PatchLMConfig.preset(
@@ -55,13 +53,13 @@ class ModelConfig:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """How much text the run reads, in which patch sizes, and how much of it in each step."""
 
     tokens: float | None = None
     """Raw tokens that the run reads. None: as many as the corpus has, so that train reads it once."""
-    phases: str = "4:2/3,1:1/3"
+    phases: str = DEFAULT_PHASES
     """The phases in order, each as patch size:share."""
     shares_of: str = "data"
     """The quantity that the shares divide: data (lambda in PatchTrain) or steps (r in TST)."""
@@ -98,7 +96,7 @@ class ScheduleConfig:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning rate over the steps."""
 
@@ -128,13 +126,12 @@ class OptimizerConfig:
             )
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, got {self.clip}")
-        self.learning_rate()  # raises for an invalid rate, share or shape
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup, self.decay, self.lr_shape, self.lr_scope)
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved, and whether it resumes from a checkpoint."""
 
@@ -149,7 +146,7 @@ class CheckpointConfig:
         check_at_least_one(self, "save_every", "keep")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogConfig:
     """When the run logs its progress and measures the validation loss."""
 
@@ -165,7 +162,7 @@ class LogConfig:
         check_at_least_one(self, "log_every", "eval_every", "eval_rows")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run is written, and how it is computed."""
 
@@ -198,7 +195,7 @@ class RunConfig:
             raise ValueError(f"minutes must be positive, got {self.minutes}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """Trains a model in phases. The defaults train the demo model on the source text of Python's standard library."""
 
@@ -211,7 +208,7 @@ class TrainConfig:
     log: OmitArgPrefixes[LogConfig] = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for group in (self.run, self.data, self.model, self.schedule, self.optimizer, self.checkpoint, self.log):
+        for group in (self.run, self.data, self.schedule, self.optimizer, self.checkpoint, self.log):
             group.check()
         self.check_batch_size()
         text = Path(self.data.path).expanduser() if self.data.path else None
@@ -219,6 +216,12 @@ class TrainConfig:
             raise ValueError(
                 f"out must not lie within the text that is read, got {self.run.out!r} and {self.data.path!r}"
             )
+
+    def check(self) -> None:
+        """Raises ``ValueError`` for a preset, a learning rate or a schedule that is invalid whatever the corpus is."""
+        PatchLMConfig.preset(self.model.preset)
+        self.optimizer.learning_rate()
+        self.schedule.schedule(ENDLESS)
 
     def check_batch_size(self, processes: int = 1) -> None:
         """``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""

@@ -13,7 +13,7 @@ from patchkernels.model.cost import count_flops, memory_bytes, step_flops
 from patchkernels.training.config import ModelConfig, ScheduleConfig, check_at_least_one
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlanConfig:
     """Prints what a run will cost: steps, FLOPs, hours and memory, against token-level training on the same data."""
 
@@ -32,8 +32,8 @@ class PlanConfig:
     tensor_parallel: int = 1
     """GPUs that every matrix is split over, for the memory estimate."""
 
-    def __post_init__(self) -> None:
-        self.model.check()
+    def check(self) -> None:
+        """Raises ``ValueError`` for a setting out of its range."""
         self.schedule.check()
         if self.schedule.tokens is None:
             raise ValueError("plan needs tokens: there is no corpus to count them in")
@@ -53,6 +53,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         ValueError: the phases do not fit these numbers of tokens, rows and positions.
     """
+    config.check()
     schedule, context = config.schedule.schedule(), config.schedule.context
     model = config.model.architecture(max_position_embeddings=context)
     flops_per_hour = config.tflops * 1e12 * config.gpus * 3600

@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> Path:
             cannot run here.
         Stopped: a signal came, or ``minutes`` are over. The run is saved and can be resumed.
     """
+    config.check()
     stop = StopRequest(config.run.minutes)
     processes = environment(choose_device(config.run.device))
     config.check_batch_size(processes.world_size)

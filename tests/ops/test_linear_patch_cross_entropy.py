@@ -129,9 +129,9 @@ def test_losses_that_were_reduced_are_returned(reduction, memory):
     expected = reference.patch_cross_entropy(x @ weight.T, target, reduction="none")
     for needed in (False, True):
         options = {"target_weight": slots, "reduction": reduction, "return_losses": True}
-        given = x.clone().requires_grad_(needed)
-        loss, losses = linear_patch_cross_entropy(given, weight, target, memory=memory, **options)
+        leaf = x.clone().requires_grad_(needed)
+        loss, losses = linear_patch_cross_entropy(leaf, weight, target, memory=memory, **options)
         torch.testing.assert_close(losses, expected)
         assert not losses.requires_grad and loss.requires_grad == needed
-        _, losses = patch_cross_entropy(given @ weight.T, target, **options)
+        _, losses = patch_cross_entropy(leaf @ weight.T, target, **options)
         torch.testing.assert_close(losses, expected)

@@ -70,8 +70,8 @@ def test_patch_size_1_is_embedding_bit_for_bit(backend, dtype):
     weight[2] = -0.0
     for padding_idx in (None, 2):
         ours = patch_embedding(ids, weight, 1, padding_idx=padding_idx, backend=backend)
-        theirs = F.embedding(ids, weight, padding_idx)
-        assert torch.equal(ours, theirs) and torch.equal(ours.signbit(), theirs.signbit())
+        expected = F.embedding(ids, weight, padding_idx)
+        assert torch.equal(ours, expected) and torch.equal(ours.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DEVICE, relative_error
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,8 +35,8 @@ def training_loss(ids, embedding, head, patch_size=K, reduction="mean"):
     target = next_patch_targets(ids, patch_size)
     fused = linear_patch_cross_entropy(hidden, head, target, reduction=reduction)
     low = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory="low")
-    given = patch_cross_entropy(hidden @ head.T, target, reduction=reduction)
-    return (fused + 2 * low + 3 * given).sum()
+    unfused = patch_cross_entropy(hidden @ head.T, target, reduction=reduction)
+    return (fused + 2 * low + 3 * unfused).sum()
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -83,6 +84,20 @@ def test_compiles_to_one_graph(tensors, reduction):
         torch.testing.assert_close(compiled(ids, *leaves, reduction=reduction), expected.detach())
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_batches_of_other_sizes_compile_once_more_and_then_never_again(memory):
+    """The first other size makes the compiled graph take any size; also past 1 MiB of logits, the smallest slice."""
+    compiled = CompileCounter()
+    loss = torch.compile(linear_patch_cross_entropy, fullgraph=True, backend=compiled)
+    head = torch.randn(4096, 4)
+    for rows in (64, 96, 12000, 17000, 20000):
+        x, target = torch.randn(rows, 4), torch.randint(0, 4096, (rows, 1))
+        torch.testing.assert_close(
+            loss(x, head, target, memory=memory), linear_patch_cross_entropy(x, head, target, memory=memory)
+        )
+    assert compiled.frame_count <= 2
+
+
 def test_compiles_with_inductor(tensors):
     ids, *leaves = tensors
     loss = torch.compile(training_loss, fullgraph=True)(ids, *leaves)
@@ -99,16 +114,16 @@ def test_autocast_as_linear_and_gradients_in_the_parameters_dtype(tensors, reduc
     target = next_patch_targets(ids, K)
     with torch.autocast(DEVICE, torch.bfloat16):
         ours = linear_patch_cross_entropy(hidden, head, target, reduction=reduction, memory=memory)
-        theirs = F.cross_entropy(
+        expected = F.cross_entropy(
             F.linear(hidden, head).float().repeat_interleave(K, 1).flatten(0, 1),
             target.flatten(),
             reduction=reduction,
         )
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.flatten(), theirs.flatten(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.flatten(), expected.flatten(), rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad(ours.sum(), (embedding, head), retain_graph=True)
-    theirs = torch.autograd.grad(theirs.sum(), (embedding, head))
-    for a, b in zip(ours, theirs):
+    expected = torch.autograd.grad(expected.sum(), (embedding, head))
+    for a, b in zip(ours, expected):
         assert a.dtype == torch.float32
         assert relative_error(a, b) < 0.02
 

@@ -156,6 +156,12 @@ def check_errors_ignored_rows_and_frozen_parts(vocab):
         linear_patch_cross_entropy(x, table, target)
     with pytest.raises(ValueError, match="weight must be sharded by its rows"):
         patch_embedding(torch.zeros(2, 3, dtype=torch.int64), table, 3)
+    if vocab > dist.get_world_size():
+        uneven = weight[: vocab - 1] if dist.get_rank() == 0 else weight[:1]
+        with pytest.raises(ValueError, match=rf"torch.chunk.* of its {vocab} rows, got {len(uneven)}"):
+            linear_patch_cross_entropy(x, sharded_rows(uneven, vocab), target)
+        with pytest.raises(ValueError, match=rf"torch.chunk.* of its {vocab} rows, got {len(uneven)}"):
+            patch_embedding(torch.zeros(2, 3, dtype=torch.int64), sharded_rows(uneven, vocab), 3)
     table = distribute_tensor(weight, mesh, [Shard(0)])
     with pytest.raises(ValueError, match="input must be replicated"):
         linear_patch_cross_entropy(distribute_tensor(x, mesh, [Shard(0)]), table, target)
@@ -204,8 +210,8 @@ def check_modules_with_sharded_tensors():
         shared = torch.nn.Parameter(distribute_tensor(embedding.weight.detach(), mesh, [Shard(0)]))
         embedding.weight = head.weight = shared
         head.bias = torch.nn.Parameter(distribute_tensor(head.bias.detach(), mesh, [Shard(0)]))
-        given = DTensor.from_local(ids, mesh, [Replicate()]) if wrapped else ids
-        hidden = embedding(given)
+        token_ids = DTensor.from_local(ids, mesh, [Replicate()]) if wrapped else ids
+        hidden = embedding(token_ids)
         loss = head(hidden, target)
         assert isinstance(loss, DTensor) == isinstance(hidden, DTensor) == wrapped
         loss.backward()

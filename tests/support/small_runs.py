@@ -57,10 +57,10 @@ def small_run(text: Path, out: Path) -> TrainConfig:
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The configuration with some settings changed, named without their group: names are unique among all groups."""
     groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    owner_of = {field.name: group for group, group in groups.items() for field in dataclasses.fields(group)}
-    for group in {owner_of[name] for name in changes}:
-        of_owner = {name: value for name, value in changes.items() if owner_of[name] == group}
-        groups[group] = dataclasses.replace(groups[group], **of_owner)
+    group_of = {field.name: name for name, group in groups.items() for field in dataclasses.fields(group)}
+    for name in {group_of[setting] for setting in changes}:
+        changes_of_group = {setting: value for setting, value in changes.items() if group_of[setting] == name}
+        groups[name] = dataclasses.replace(groups[name], **changes_of_group)
     return TrainConfig(**groups)
 
 
