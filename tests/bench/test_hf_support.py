@@ -53,8 +53,9 @@ def test_the_page_says_what_its_rows_say():
         assert f"{counts[verdict]} {verdict}" in text
     assert f"{counts['fused'] + counts['materialised']} exact" in text
     exact = counts["fused"] + counts["materialised"]
+    total = sum(counts[verdict] for verdict in VERDICTS)
     sentence = (
-        f"Of the {sum(counts[verdict] for verdict in VERDICTS)} model types of transformers 5.23, built at a tiny size, "
+        f"Of the {total} model types of transformers 5.23, built at a tiny size, "
         f"{exact} are exact ({counts['fused']} of them fused), {counts['refused']} are refused, "
         f"{counts['not built']} could not be built and none is wrong"
     )
