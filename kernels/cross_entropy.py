@@ -78,12 +78,13 @@ def slice_statistics_(
     """Updates the statistics of the rows with the logits of more classes."""
     rows, columns = logits.shape
     if rows:
-        slice_statistics_kernel[(rows,)](
-            logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits), rows,
-            options.ignore_index, options.softcap or 1.0,
-            SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
-            SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            slice_statistics_kernel[(rows,)](
+                logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits), rows,
+                options.ignore_index, options.softcap or 1.0,
+                SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
+                SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+            )  # fmt: skip
 
 
 def slice_gradient_(
@@ -138,26 +139,36 @@ def _launch(
     slots = target.shape[1]
     target = target.contiguous()
     c = None if c is None else c.contiguous()
-    patch_cross_entropy_kernel[(rows,)](
-        logits, target,
-        c if c is not None else lse,  # Triton needs a tensor for every pointer, even for an unused one
-        losses if losses is not None else lse,
-        lse,
-        dlogits if dlogits is not None else logits,
-        logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
-        first, columns, vocab or columns, _readable(columns, logits, dlogits),
-        options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
-        SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LSE=needs_lse, NEEDS_GRAD=dlogits is not None,
-        SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        patch_cross_entropy_kernel[(rows,)](
+            logits, target,
+            c if c is not None else lse,  # Triton needs a tensor for every pointer, even for an unused one
+            losses if losses is not None else lse,
+            lse,
+            dlogits if dlogits is not None else logits,
+            logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
+            first, columns, vocab or columns, _readable(columns, logits, dlogits),
+            options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
+            SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LSE=needs_lse, NEEDS_GRAD=dlogits is not None,
+            SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+        )  # fmt: skip
 
 
 def _readable(columns: int, *tensors: Tensor | None) -> int:
-    """Columns that a load may touch. Rows that are padded are read into the padding, so that loads stay vectorised;
-    the kernel masks what it finds there."""
+    """Columns that a load may touch: V, or V rounded up where every row has so much room, the last one included.
+
+    Padding is read into, so that loads stay vectorised at any V; the kernel masks what it finds there.
+    """
     padded = triton.cdiv(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    strides = [t.stride(0) for t in tensors if t is not None]
-    return padded if all(stride % ROW_ALIGNMENT == 0 and stride >= padded for stride in strides) else columns
+    return padded if all(_has_room(t, padded) for t in tensors if t is not None) else columns
+
+
+def _has_room(tensor: Tensor, columns: int) -> bool:
+    """Whether each row of ``tensor`` begins on an aligned element and has ``columns`` elements before the next one."""
+    stride = tensor.stride(0)
+    end = tensor.storage_offset() + (len(tensor) - 1) * stride + columns
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return stride % ROW_ALIGNMENT == 0 and stride >= columns and end <= elements
 
 
 @triton.jit
@@ -334,6 +345,9 @@ def patch_cross_entropy_kernel(
         tl.store(lse_ptr + row, lse)
     else:
         lse = tl.load(lse_ptr + row)
+        # In place, a target's logit must be read by all warps before one of them overwrites it. The reductions of the
+        # other branch are such a barrier; here there is none.
+        tl.debug_barrier()
 
     if NEEDS_GRAD:
         c = tl.load(c_ptr + row * SLOTS + slots, mask=valid & (slots < SLOTS), other=0.0).to(tl.float32)

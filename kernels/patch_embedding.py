@@ -44,19 +44,20 @@ def forward(
         return out
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     config = launch_config(hidden)
-    patch_embedding_kernel[(patches, triton.cdiv(hidden, config["BLOCK_D"]))](
-        ids.contiguous(),
-        weight,
-        out,
-        weight.stride(0),
-        vocab,
-        hidden,
-        -1 if padding_idx is None or slots == 1 else padding_idx,
-        SLOTS=slots,
-        UNROLL=min(8, triton.next_power_of_2(slots)),
-        PADDING=padding_idx is not None and slots > 1,
-        **config,
-    )
+    with torch.cuda.device_of(weight):  # Triton launches on the current device
+        patch_embedding_kernel[(patches, triton.cdiv(hidden, config["BLOCK_D"]))](
+            ids.contiguous(),
+            weight,
+            out,
+            weight.stride(0),
+            vocab,
+            hidden,
+            -1 if padding_idx is None or slots == 1 else padding_idx,
+            SLOTS=slots,
+            UNROLL=min(8, triton.next_power_of_2(slots)),
+            PADDING=padding_idx is not None and slots > 1,
+            **config,
+        )
     return out
 
 
@@ -81,23 +82,26 @@ def backward(
     block_sums = torch.empty(max(blocks, 1), hidden, dtype=torch.float32, device=grad.device)
     config = launch_config(hidden)
     columns = triton.cdiv(hidden, config["BLOCK_D"])
-    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **config}
-    if blocks:
-        patch_embedding_block_sums_kernel[(blocks, columns)](
-            grad, ordered, order, scale, block_sums, grad.stride(0), hidden, **shared
+    # Several threads may hold the same column and store it. Without fused multiply-adds their sums are the same bits:
+    # fma(a, x, b * y) rounds b * y alone, and which of the two products that is differs from thread to thread.
+    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **config, "enable_fp_fusion": False}
+    with torch.cuda.device_of(grad):  # Triton launches on the current device
+        if blocks:
+            patch_embedding_block_sums_kernel[(blocks, columns)](
+                grad, ordered, order, scale, block_sums, grad.stride(0), hidden, **shared
+            )
+        patch_embedding_backward_kernel[(vocab, columns)](
+            grad,
+            order,
+            segments,
+            scale,
+            block_sums,
+            out,
+            grad.stride(0),
+            hidden,
+            -1 if padding_idx is None else padding_idx,
+            **shared,
         )
-    patch_embedding_backward_kernel[(vocab, columns)](
-        grad,
-        order,
-        segments,
-        scale,
-        block_sums,
-        out,
-        grad.stride(0),
-        hidden,
-        -1 if padding_idx is None else padding_idx,
-        **shared,
-    )
     return out
 
 

@@ -88,13 +88,16 @@ def environment(device: torch.device) -> Processes:
 
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
-    """Provides a process group within the block. If the caller has made one already, it is used and kept."""
+    """Makes the run's GPU the current one, and provides a process group within the block.
+
+    If the caller has made a process group already, it is used and kept.
+    """
+    if processes.device.index is not None:  # a GPU that was asked for by number
+        torch.cuda.set_device(processes.device)
     if processes.world_size == 1 or dist.is_initialized():
         yield
         return
     cuda = processes.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(processes.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
