@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Importing these two modules registers their operators.
 import patchkernels.ops.linear_row_chunks
 import patchkernels.ops.linear_vocab_shards  # noqa: F401
 from patchkernels.numerics import IGNORE_INDEX, LossOptions
 from patchkernels.ops.backend import choose_backend
+from patchkernels.ops.derivatives import first_derivative_only
 from patchkernels.ops.linear_buffers import LOGITS_BYTES, LOGITS_BYTES_LOSS_ONLY, power_of_two_scale
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
@@ -189,7 +189,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.save_for_backward(*saved)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
@@ -213,7 +213,7 @@ class _LinearLosses(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target = ctx.saved_tensors
         scale, c = power_of_two_scale(grad)

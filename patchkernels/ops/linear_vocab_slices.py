@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, row_losses
 from patchkernels.ops.backend import implementation
+from patchkernels.ops.derivatives import first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
 from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
 
@@ -79,7 +79,7 @@ class _VocabSliceLosses(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, target, lse)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         op = torch.ops.patchkernels.linear_low_memory_backward
         grads = op(grad, *ctx.saved_tensors, ctx.needs, ctx.slice_bytes, ctx.backend, *ctx.options)
@@ -148,11 +148,24 @@ def _backward(
         if need_dx:
             add_product(sum_dx, dz, weight[classes])
         if need_dw:
-            torch.mm(dz.T, x, out=dw[classes])
-            dw[classes] *= scale
+            _multiply_and_scale(dw[classes], dz.T, x, scale)
         if need_db:
             db[classes] = dz.sum(0, dtype=dtype) * scale
     return (sum_dx.mul_(scale).to(x.dtype) if need_dx else dx), dw, db
+
+
+def _multiply_and_scale(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+    """``out = a @ b * scale``, in the dtype of ``out``.
+
+    In fp16 the product may be beyond 65504 where the scaled product is not, so it is first taken in fp32.
+    """
+    if out.dtype == torch.float16:
+        product = out.new_zeros(out.shape, dtype=torch.float32)
+        add_product(product, a, b)
+        out.copy_(product.mul_(scale))
+    else:
+        torch.mm(a, b, out=out)
+        out *= scale
 
 
 def _slices(

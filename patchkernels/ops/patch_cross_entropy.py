@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
+from patchkernels.ops.derivatives import first_derivative_only
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
 
 
@@ -90,7 +90,7 @@ class _PatchCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, target, lse)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         op = torch.ops.patchkernels.patch_cross_entropy_backward
         return op(grad, *ctx.saved_tensors, ctx.backend, *ctx.options), None, None, None

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from patchkernels.numerics import accumulation_dtype, check_ids, check_patch_size, inverse_counts
 from patchkernels.ops.backend import choose_backend, implementation
+from patchkernels.ops.derivatives import first_derivative_only
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -106,7 +106,7 @@ class _PatchEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         op = torch.ops.patchkernels.patch_embedding_backward
@@ -131,7 +131,7 @@ class _ShardedPatchEmbedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
         ids, grad = ids.reshape(-1, ids.shape[-1]), grad.reshape(-1, grad.shape[-1])

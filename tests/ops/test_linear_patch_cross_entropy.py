@@ -43,6 +43,18 @@ def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend, memory):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
+def test_fp16_head_gradients_of_a_mean_over_many_rows_do_not_overflow(memory):
+    """The sum over 131072 targets is beyond fp16's 65504, their mean is of order 1."""
+    x = (1 + 0.1 * normal(16384, 4)).half()
+    weight, target = normal(64, 4, dtype=torch.float16).requires_grad_(), torch.zeros(16384, 8, dtype=torch.long)
+    loss = linear_patch_cross_entropy(x, weight, target.to(DEVICE), memory=memory)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    exact = weight.detach().double().requires_grad_()
+    reference.linear_patch_cross_entropy(x.double(), exact, target.to(DEVICE)).backward()
+    assert (gradient.double() - exact.grad).norm() < 2e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("frozen", [0, 1, 2])

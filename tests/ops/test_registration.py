@@ -174,6 +174,25 @@ def test_double_backward_raises(tensors, reduction):
         sum(g.sum() for g in gradients).backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("operator", ["embedding", "logits", "linear", "low memory"])
+def test_a_penalty_on_gradients_raises_though_the_upstream_gradient_is_a_constant(tensors, operator, reduction):
+    ids, embedding, head = tensors
+    x, target = torch.randn(4, 8, device=DEVICE).requires_grad_(), ids[:, :K].reshape(-1, 2)
+    options = {"reduction": reduction}
+    functions = {
+        "embedding": lambda: (embedding, patch_embedding(ids, embedding, K)),
+        "logits": lambda: (x, patch_cross_entropy(x, target % 8, **options)),
+        "linear": lambda: (x, linear_patch_cross_entropy(x, head, target, **options)),
+        "low memory": lambda: (x, linear_patch_cross_entropy(x, head, target, memory="low", **options)),
+    }
+    leaf, out = functions[operator]()
+    (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), torch.autograd.grad(functions[operator]()[1].sum(), leaf)[0])
+    with pytest.raises(RuntimeError, match="gradients of gradients are not defined"):
+        (gradient**2).sum().backward()
+
+
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():
     n, d, v = 12, 8, 30
     x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
