@@ -8,13 +8,23 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-others bench lint types
+.PHONY: train test test-kernels test-others bench lint types
 
 train: $(VENV)/.installed
 	$(BIN)/patchkernels train $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal $(ARGS)
+
+# The operators' tests again, on kernels that are compiled for a GPU and executed as PTX (docs/ptx-machine.md).
+# test_backend.py is left out: it is about the variable that turns the interpreter on.
+MACHINE = OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal
+
+test-kernels: $(VENV)/.installed-dev
+	PTX_MACHINE=90 $(MACHINE) tests/ops tests/kernels tests/ptx_machine --ignore tests/ops/test_backend.py $(ARGS)
+	PTX_MACHINE=80 $(MACHINE) tests/ops/test_patch_cross_entropy.py tests/ops/test_patch_embedding.py $(ARGS)
+	PTX_MACHINE=100 PTX_ORDER=random $(MACHINE) tests/ops/test_patch_cross_entropy.py tests/ops/test_patch_embedding.py \
+		$(ARGS)
 
 # For single tests, installed outside of the environment since they conflict with it: the oldest transformers that we
 # support, and torchtitan, which excludes our version of datasets.

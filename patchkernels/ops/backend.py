@@ -46,7 +46,7 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
             f"backend={backend!r} on {tensor.device} needs triton, which is not installed "
             "(pip install triton, or pass backend='eager')"
         )
-    if tensor.device.type != "cuda" and not _interpreted():
+    if tensor.device.type != "cuda" and not _runs_on_cpu():
         raise RuntimeError(
             f"backend='triton' needs a tensor on a GPU, got one on {tensor.device} "
             "(TRITON_INTERPRET=1 runs the kernels interpreted)"
@@ -63,5 +63,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
+def _runs_on_cpu() -> bool:
+    """Whether Triton takes tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -66,6 +66,7 @@ def _process(
 ) -> None:
     import torch
     import torch.distributed as dist
+    import triton_on_cpu  # noqa: F401  (before kernels are defined, as in conftest.py)
 
     import patchkernels  # noqa: F401  (before the checkout leaves the path, as in conftest.py)
 
