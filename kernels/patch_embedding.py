@@ -24,6 +24,7 @@ BLOCK_T = 64  # tokens of a block in the backward
 TILE_T = 8  # gradient rows that a program loads at a time
 MAX_BLOCK_D = 512
 NUM_WARPS = 2
+UNSHARED_BLOCK_D = 512  # columns of a block from which on every thread of NUM_WARPS has columns of its own
 
 
 def launch_config(hidden: int) -> dict[str, int]:
@@ -82,9 +83,11 @@ def backward(
     block_sums = torch.empty(max(blocks, 1), hidden, dtype=torch.float32, device=grad.device)
     config = launch_config(hidden)
     columns = triton.cdiv(hidden, config["BLOCK_D"])
-    # Several threads may hold the same column and store it. Without fused multiply-adds their sums are the same bits:
-    # fma(a, x, b * y) rounds b * y alone, and which of the two products that is differs from thread to thread.
-    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **config, "enable_fp_fusion": False}
+    # Where a row has fewer columns than its threads hold, several threads add up the same column and all store it.
+    # Their sums are the same bits without fused multiply-adds: fma(a, x, b * y) rounds b * y alone, and which of the
+    # two products that is differs from thread to thread. Wider rows keep the fused ones, which take fewer registers.
+    fused = config["BLOCK_D"] >= UNSHARED_BLOCK_D
+    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **config, "enable_fp_fusion": fused}
     with torch.cuda.device_of(grad):  # Triton launches on the current device
         if blocks:
             patch_embedding_block_sums_kernel[(blocks, columns)](

@@ -63,7 +63,7 @@ def linear_patch_cross_entropy(
         target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as in
             :func:`patch_cross_entropy`.
         memory: ``"default"``, or ``"low"``, which takes four matrix products: only a slice of the vocabulary has
-            logits at a time, and the head's gradient is never summed in a copy of another dtype.
+            logits at a time, and the head's gradient has no copy in another dtype (in fp16 a slice of it has).
         logits_bytes: the memory that logits may take at a time. By default it is ``LOGITS_BYTES`` of the device if the
             forward computes gradients and ``LOGITS_BYTES_LOSS_ONLY`` if not; for ``memory="low"`` it is 1/128 of
             ``2 N V`` bytes, or 1 MiB if that is more.

@@ -6,7 +6,8 @@ The logits exist for a few classes of all rows at a time:
     backward   z_s = x W_s^T;   dz_s in place;   dW_s = dz_s^T x;   dx += dz_s W_s           3 products
 
 Only the log-sum-exp of each row is kept from the forward for the backward. A slice of dW is one product, written in
-place in the dtype of dW, so that no fp32 dW exists; dx is summed in fp32. No gradient is left out, however small: the
+place in the dtype of dW, so that no fp32 dW exists (in fp16 one slice of it does, since its unscaled values may
+overflow); dx is summed in fp32. No gradient is left out, however small: the
 filter of Cut Cross Entropy (arXiv 2411.09009, section 4.3) is biased early in training.
 """
 

@@ -89,7 +89,7 @@ def test_statistics_of_slices(vocab):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 16, 24, 100, 768])
+@pytest.mark.parametrize("hidden", [1, 16, 24, 100, 200, 400, 768])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_patch_embedding(slots, hidden, dtype):
     ids = torch.where(torch.rand(70, slots) < 0.7, 2, torch.randint(0, 9, (70, slots)))
