@@ -56,8 +56,8 @@ def linear_patch_cross_entropy(
         input: hidden states, shape ``(..., D)``; float32, bfloat16, float16 (float64 too in the eager backend).
         linear_weight: the head, shape ``(V, D)``, the dtype of ``input``. Under ``torch.autocast`` both are cast
             to autocast's dtype, as ``F.linear`` does. A DTensor of placements ``Shard(0)`` is a head sharded by its
-            rows (vocabulary parallel): every process passes the same input, and the same targets as classes of the
-            whole vocabulary; the loss and the gradient of ``input`` are the same on all processes.
+            rows (vocabulary parallel). ``input`` is then a replicated DTensor on the same mesh, every process passes
+            the same targets as classes of the whole vocabulary, and the loss is a replicated DTensor too.
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
         linear_bias: shape ``(V,)``, sharded as the head is.
         target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as in
@@ -87,8 +87,10 @@ def linear_patch_cross_entropy(
         )
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
     x, target = replicated(input, "input"), replicated(target, "target")
-    weight, shard = vocab_shard(linear_weight, "linear_weight")
-    bias = None if linear_bias is None else vocab_shard(linear_bias, "linear_bias")[0]
+    weight, shard = vocab_shard(linear_weight, "linear_weight", input, "input")
+    bias = linear_bias
+    if bias is not None:
+        bias, _ = vocab_shard(bias, "linear_bias", linear_weight, "linear_weight")
     vocab = shard.vocab if shard else len(weight)
     check_loss_arguments(x, target, vocab, options, "hidden states (..., D)")
     _check_settings(weight, bias, memory, logits_bytes, shard)

@@ -37,8 +37,8 @@ def patch_embedding(
     Args:
         input_ids: token ids, shape ``(..., T)`` with T divisible by ``patch_size``, int32 or int64.
         weight: the embedding matrix, shape ``(V, D)``; float32, bfloat16 or float16 (float64 too in the eager backend).
-            A DTensor of placements ``Shard(0)`` is a table sharded by its rows: every process passes the same ids, and
-            the result is the same on all processes.
+            A DTensor of placements ``Shard(0)`` is a table sharded by its rows: ``input_ids`` is then a replicated
+            DTensor on the same mesh, and so is the result.
         patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
         padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
             for K > 1 a patch of nothing but padding is zero.
@@ -49,7 +49,7 @@ def patch_embedding(
 
     Raises:
         ValueError: K < 1, T not divisible by K, ``weight`` not 2-D or sharded otherwise than by rows, ``padding_idx``
-            outside the table, ids and weight on different devices.
+            outside the table, ids and weight on different devices, or only one of them a DTensor.
         TypeError: ids that are not integers, a weight that is not floating point.
         RuntimeError: a backend that cannot run.
         IndexError: an id outside [0, V), on a CPU. On a GPU, where raising would cost a synchronisation, the
@@ -57,7 +57,7 @@ def patch_embedding(
     """
     _check_arguments(input_ids, weight, patch_size)
     ids = replicated(input_ids, "input_ids")
-    weight, shard = vocab_shard(weight, "weight")
+    weight, shard = vocab_shard(weight, "weight", input_ids, "input_ids")
     tokens, vocab = ids.shape[-1], shard.vocab if shard else weight.shape[0]
     if tokens % patch_size:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,34 @@ class VocabShard(NamedTuple):
     group: str  # the name of the process group, since a registered operator cannot take the group itself
 
 
-def vocab_shard(weight: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
+def vocab_shard(weight: Tensor, name: str, other: Tensor, other_name: str) -> tuple[Tensor, VocabShard | None]:
     """The local rows of a weight and their place in it, which is None if this process holds all rows.
 
+    ``other`` is what the weight meets: the hidden states of a head, the ids of a table, the head of a bias. As in
+    PyTorch's own operators, DTensors and plain tensors do not mix, because a plain tensor does not tell whether it is
+    the same on every process. Without this rule, a parameter that FSDP2 shards would pass for a sharded vocabulary
+    when it is used outside of its module's forward, although every process has an input of its own.
+
     Raises:
-        ValueError: a DTensor of other placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension, or one
-            whose rows are not divided as ``torch.chunk`` divides them.
+        ValueError: one of the two is a DTensor and the other is not, or they are on different meshes; a weight of other
+            placements than ``Shard(0)`` or ``Replicate`` on a mesh of one dimension, or one whose rows are not divided
+            as ``torch.chunk`` divides them.
     """
+    if _is_dtensor(weight) != _is_dtensor(other):
+        plain, sharded_name = (other_name, name) if _is_dtensor(weight) else (name, other_name)
+        raise ValueError(
+            f"{sharded_name} is a DTensor but {plain} is a plain tensor, which does not tell whether it is the same on "
+            f"every process. If it is, pass DTensor.from_local({plain}, mesh, [Replicate()]). If {sharded_name} is a "
+            f"parameter sharded by FSDP2, use it in the forward of its module, where it is a plain tensor"
+        )
     if not _is_dtensor(weight):
         return weight, None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sharded: Any = weight
+    sharded, met = cast(Any, weight), cast(Any, other)
     mesh, placements = sharded.device_mesh, sharded.placements
+    if met.device_mesh != mesh:
+        raise ValueError(f"{name} and {other_name} must be on one mesh, got {mesh} and {met.device_mesh}")
     if all(placement.is_replicate() for placement in placements):
         return sharded.to_local(), None
     if mesh.ndim != 1 or not placements[0].is_shard(0):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from distributed import run
 from oracle import assert_as_exact_as_plain, outputs_and_gradients, relative_error
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -46,9 +47,23 @@ def shard_of(tensor):
     return tensor[dist.get_rank() * size : (dist.get_rank() + 1) * size]
 
 
+def one_mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def replicated(tensor):
+    """The differentiable DTensor of a tensor that is the same on every process."""
+    return DTensor.from_local(tensor, one_mesh(), [Replicate()], run_check=False)
+
+
+def loss_of_shards(x, weight, target, **options):
+    """The loss for hidden states that are the same on every process and a head in shards."""
+    return linear_patch_cross_entropy(replicated(x), weight, target, **options).to_local()
+
+
 def sharded_rows(local, vocab):
     """The differentiable DTensor of ``vocab`` rows of which this process holds ``local`` (or numbers, for a bias)."""
-    mesh, shape = init_device_mesh("cpu", (dist.get_world_size(),)), (vocab, *local.shape[1:])
+    mesh, shape = one_mesh(), (vocab, *local.shape[1:])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -80,7 +95,9 @@ def check_losses(vocab):
                 return linear_patch_cross_entropy(x, weight, target, linear_bias=bias, logits_bytes=budget, **options)
 
             def sharded(x, weight, bias=None, loss=one_process):
-                return loss(x, *(sharded_rows(t, vocab) for t in (weight, bias) if t is not None))
+                return loss(
+                    replicated(x), *(sharded_rows(t, vocab) for t in (weight, bias) if t is not None)
+                ).to_local()
 
             exact = outputs_and_gradients(full, *(t.double() for t in leaves))
             # test_patch_cross_entropy.py shows that one process is as exact as plain PyTorch
@@ -114,14 +131,16 @@ def check_kernels():
         exact = outputs_and_gradients(loss, *(t.double() for t in (x, weight, bias)))
 
         def parallel(x, weight, bias, loss=loss):
-            return loss(x, sharded_rows(weight, VOCAB), sharded_rows(bias, VOCAB), backend="triton")
+            shards = (sharded_rows(weight, VOCAB), sharded_rows(bias, VOCAB))
+            return loss(replicated(x), *shards, backend="triton").to_local()
 
         compare_parts(outputs_and_gradients(parallel, x, shard_of(weight), shard_of(bias)), one, exact, whole=2)
     ids = torch.randint(0, VOCAB, (2, 8))
-    embedding = functools.partial(patch_embedding, ids, patch_size=4)
-    one, exact = outputs_and_gradients(embedding, weight), outputs_and_gradients(embedding, weight.double())
+    embedding = functools.partial(patch_embedding, patch_size=4)
+    one, exact = (outputs_and_gradients(functools.partial(embedding, ids), w) for w in (weight, weight.double()))
     parallel = outputs_and_gradients(
-        lambda local: embedding(sharded_rows(local, VOCAB), backend="triton"), shard_of(weight)
+        lambda local: embedding(replicated(ids), sharded_rows(local, VOCAB), backend="triton").to_local(),
+        shard_of(weight),
     )
     compare_parts(parallel, one, exact, whole=1)
 
@@ -130,38 +149,38 @@ def check_errors_ignored_rows_and_frozen_parts(vocab):
     x, weight, _, target = inputs(vocab=vocab)
     local = shard_of(weight).clone().requires_grad_()
     hidden = x.clone().requires_grad_()
-    loss = linear_patch_cross_entropy(hidden, sharded_rows(local, vocab), torch.full_like(target, -100))
+    loss = loss_of_shards(hidden, sharded_rows(local, vocab), torch.full_like(target, -100))
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not local.grad.any()
     for frozen in (0, 1):
         leaves = [hidden.detach().clone(), local.detach().clone()]
         leaves[1 - frozen].requires_grad_()
-        linear_patch_cross_entropy(leaves[0], sharded_rows(leaves[1], vocab), target).backward()
+        loss_of_shards(leaves[0], sharded_rows(leaves[1], vocab), target).backward()
         full = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         reference.patch_cross_entropy(full[0] @ full[1].T, target).backward()
         expected = full[0].grad if frozen else shard_of(full[1].grad)
         torch.testing.assert_close(leaves[1 - frozen].grad, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_patch_cross_entropy(x.float(), sharded_rows(local.float(), vocab), target)
+        loss = loss_of_shards(x.float(), sharded_rows(local.float(), vocab), target)
     torch.testing.assert_close(loss, reference.patch_cross_entropy(x @ weight.T, target).float(), rtol=3e-2, atol=0)
     for bad in (vocab, -1):
         target[1, 1] = bad
         with pytest.raises(IndexError, match=rf"in \[0, {vocab}\)"):
-            linear_patch_cross_entropy(x, sharded_rows(local, vocab), target)
+            loss_of_shards(x, sharded_rows(local, vocab), target)
     with pytest.raises(ValueError, match="memory='low' is for a head that one process holds"):
-        linear_patch_cross_entropy(x, sharded_rows(local, vocab), target, memory="low")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        loss_of_shards(x, sharded_rows(local, vocab), target, memory="low")
+    mesh = one_mesh()
     table = distribute_tensor(weight, mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"sharded by its rows.*got \(Shard\(dim=1\),\)"):
-        linear_patch_cross_entropy(x, table, target)
+        loss_of_shards(x, table, target)
     with pytest.raises(ValueError, match="weight must be sharded by its rows"):
-        patch_embedding(torch.zeros(2, 3, dtype=torch.int64), table, 3)
+        patch_embedding(replicated(torch.zeros(2, 3, dtype=torch.int64)), table, 3)
     if vocab > dist.get_world_size():
         uneven = weight[: vocab - 1] if dist.get_rank() == 0 else weight[:1]
         with pytest.raises(ValueError, match=rf"torch.chunk.* of its {vocab} rows, got {len(uneven)}"):
-            linear_patch_cross_entropy(x, sharded_rows(uneven, vocab), target)
+            loss_of_shards(x, sharded_rows(uneven, vocab), target)
         with pytest.raises(ValueError, match=rf"torch.chunk.* of its {vocab} rows, got {len(uneven)}"):
-            patch_embedding(torch.zeros(2, 3, dtype=torch.int64), sharded_rows(uneven, vocab), 3)
+            patch_embedding(replicated(torch.zeros(2, 3, dtype=torch.int64)), sharded_rows(uneven, vocab), 3)
     table = distribute_tensor(weight, mesh, [Shard(0)])
     with pytest.raises(ValueError, match="input must be replicated"):
         linear_patch_cross_entropy(distribute_tensor(x, mesh, [Shard(0)]), table, target)
@@ -179,7 +198,8 @@ def check_embedding(vocab):
             return reference.patch_embedding(ids, weight, size, padding_idx=padding)
 
         def sharded(weight, ids=ids, size=size, padding=padding):
-            return patch_embedding(ids, sharded_rows(weight, vocab), size, padding_idx=padding)
+            table = sharded_rows(weight, vocab)
+            return patch_embedding(replicated(ids), table, size, padding_idx=padding).to_local()
 
         exact, eager = outputs_and_gradients(full, weight.double()), outputs_and_gradients(full, weight)
         ours = outputs_and_gradients(sharded, shard_of(weight))
@@ -191,41 +211,62 @@ def check_embedding(vocab):
         assert all(torch.equal(a, b) for a, b in zip(again, ours))
     ids[1, 1] = vocab
     with pytest.raises(IndexError, match=rf"in \[0, {vocab}\), got {vocab}"):
-        patch_embedding(ids, sharded_rows(shard_of(weight), vocab), 4)
+        patch_embedding(replicated(ids), sharded_rows(shard_of(weight), vocab), 4)
 
 
 def check_modules_with_sharded_tensors():
-    """A tied head and embedding, sharded as torch's tensor parallelism does, with and without DTensor activations."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    """A tied head and embedding, sharded as torch's tensor parallelism does."""
+    mesh = one_mesh()
     torch.manual_seed(0)
     ids = torch.randint(0, VOCAB, (2, 12))
     target = next_patch_targets(ids, 4)
-    for wrapped in (False, True):
-        embedding = PatchEmbedding(VOCAB, HIDDEN, 4, dtype=torch.float64)
-        head = PatchLMHead(HIDDEN, VOCAB, bias=True, dtype=torch.float64)
-        head.weight = embedding.weight
-        expected = head(embedding(ids), target)
-        expected.backward()
-        gradients = [embedding.weight.grad, head.bias.grad]
-        shared = torch.nn.Parameter(distribute_tensor(embedding.weight.detach(), mesh, [Shard(0)]))
-        embedding.weight = head.weight = shared
-        head.bias = torch.nn.Parameter(distribute_tensor(head.bias.detach(), mesh, [Shard(0)]))
-        token_ids = DTensor.from_local(ids, mesh, [Replicate()]) if wrapped else ids
-        hidden = embedding(token_ids)
-        loss = head(hidden, target)
-        assert isinstance(loss, DTensor) == isinstance(hidden, DTensor) == wrapped
-        loss.backward()
-        loss = loss.to_local() if wrapped else loss
-        torch.testing.assert_close(loss, expected.detach())
-        for parameter, gradient in zip((shared, head.bias), gradients):
-            assert parameter.grad.placements == (Shard(0),)
-            torch.testing.assert_close(parameter.grad.full_tensor(), gradient)
-        whole = (t.detach().redistribute(mesh, [Replicate()]) for t in (shared, head.bias))
-        again = (
-            head.forward(hidden.detach(), target),
-            linear_patch_cross_entropy(hidden.detach(), next(whole), target, linear_bias=next(whole)),
-        )
-        torch.testing.assert_close(*again)
+    embedding = PatchEmbedding(VOCAB, HIDDEN, 4, dtype=torch.float64)
+    head = PatchLMHead(HIDDEN, VOCAB, bias=True, dtype=torch.float64)
+    head.weight = embedding.weight
+    expected = head(embedding(ids), target)
+    expected.backward()
+    gradients = [embedding.weight.grad, head.bias.grad]
+    shared = torch.nn.Parameter(distribute_tensor(embedding.weight.detach(), mesh, [Shard(0)]))
+    embedding.weight = head.weight = shared
+    head.bias = torch.nn.Parameter(distribute_tensor(head.bias.detach(), mesh, [Shard(0)]))
+    hidden = embedding(replicated(ids))
+    loss = head(hidden, target)
+    assert isinstance(hidden, DTensor) and isinstance(loss, DTensor)
+    loss.backward()
+    torch.testing.assert_close(loss.to_local(), expected.detach())
+    for parameter, gradient in zip((shared, head.bias), gradients):
+        assert parameter.grad.placements == (Shard(0),)
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient)
+    weight, bias = (t.detach().redistribute(mesh, [Replicate()]) for t in (shared, head.bias))
+    of_whole = linear_patch_cross_entropy(hidden.detach(), weight, replicated(target), linear_bias=bias)
+    torch.testing.assert_close(of_whole.to_local(), loss.to_local())
+
+
+def check_parameters_of_fsdp():
+    """Outside of its module, a parameter of FSDP2 looks like a sharded vocabulary but meets plain tensors."""
+    torch.manual_seed(dist.get_rank())  # every process has inputs of its own
+    model = torch.nn.Sequential(PatchEmbedding(VOCAB, HIDDEN, 2), PatchLMHead(HIDDEN, VOCAB, bias=True))
+    for unit in (*model, model):
+        fully_shard(unit)
+    embedding, head = model
+    ids, x = torch.randint(0, VOCAB, (3, 4)), torch.randn(3, 2, HIDDEN)
+    target = next_patch_targets(ids, 2)
+    assert head.weight.placements == (Shard(0),)
+    with pytest.raises(ValueError, match=r"weight is a DTensor but input_ids is a plain tensor.* FSDP2"):
+        patch_embedding(ids, embedding.weight, 2)
+    with pytest.raises(ValueError, match=r"linear_weight is a DTensor but input is a plain tensor.* FSDP2"):
+        linear_patch_cross_entropy(x, head.weight, target)
+    with pytest.raises(ValueError, match=r"linear_weight is a DTensor but linear_bias is a plain tensor"):
+        linear_patch_cross_entropy(replicated(x), head.weight, target, linear_bias=torch.zeros(len(head.weight)))
+    with pytest.raises(ValueError, match=r"input is a DTensor but linear_weight is a plain tensor"):
+        linear_patch_cross_entropy(replicated(x), head.weight.full_tensor(), target)
+    whole = head.weight.full_tensor(), head.bias.full_tensor()
+    expected = linear_patch_cross_entropy(x, whole[0], target, linear_bias=whole[1])
+    torch.testing.assert_close(head(x, target), expected)
+    other_mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
+    elsewhere = DTensor.from_local(x, other_mesh, [Replicate(), Replicate()], run_check=False)
+    with pytest.raises(ValueError, match="linear_weight and input must be on one mesh"):
+        linear_patch_cross_entropy(elsewhere, sharded_rows(shard_of(whole[0]), VOCAB), target)
 
 
 def check_communication():
@@ -236,7 +277,7 @@ def check_communication():
         head = sharded_rows(shard_of(weight).clone().requires_grad_(), VOCAB)
         calls, own = [], dist.all_reduce
         dist.all_reduce = lambda *arguments, calls=calls, own=own: calls.append(1) or own(*arguments)
-        linear_patch_cross_entropy(x.requires_grad_(), head, target).backward()
+        loss_of_shards(x.requires_grad_(), head, target).backward()
         dist.all_reduce = own
         counts.append(len(calls))
     return counts
@@ -278,7 +319,7 @@ def check_tensor_parallel_model():
     )
     torch.manual_seed(0)
     ids = torch.randint(0, VOCAB, (2, 8))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = one_mesh()
     for embedding_style in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
         model = hf.enable(transformers.LlamaForCausalLM(config).double(), 4)
         expected = {}
@@ -315,6 +356,7 @@ def check_all():
         check_embedding(vocab)
     check_kernels()
     check_modules_with_sharded_tensors()
+    check_parameters_of_fsdp()
     check_sequence()
 
 
