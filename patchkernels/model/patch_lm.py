@@ -17,7 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from patchkernels.model.attention import attention, document_positions, document_starts
+from patchkernels.model.attention import (
+    PackedDocuments,
+    attention,
+    document_positions,
+    document_starts,
+    pack_documents,
+)
 from patchkernels.model.config import PatchLMConfig
 from patchkernels.model.hugging_face import EMBEDDING_WEIGHT, HEAD_WEIGHT, read_folder, write_folder
 from patchkernels.nn import PatchEmbedding, PatchLMHead
@@ -67,8 +73,8 @@ class PatchLM(nn.Module):
         """
         patch_size = int(patch_size)  # torch.compile may have made it symbolic; as an int, every K has its own graph
         self._check_shapes(input_ids, labels, patch_size, document_ids)
-        documents = None if document_ids is None else _patch_documents(document_ids, patch_size)
-        hidden = self.model(input_ids, patch_size, documents)
+        patch_documents = None if document_ids is None else _patch_documents(document_ids, patch_size)
+        hidden = self.model(input_ids, patch_size, patch_documents)
         if labels is None:
             logits: Tensor = self.lm_head(hidden)
             return logits
@@ -160,7 +166,7 @@ def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Everything below the head: maps ``input_ids (B, T)`` and ``documents (B, P)`` to hidden states ``(B, P, D)``."""
+    """Everything below the head: maps ``input_ids (B, T)``, ``document_ids (B, P)`` to hidden states ``(B, P, D)``."""
 
     def __init__(self, config: PatchLMConfig) -> None:
         super().__init__()
@@ -169,9 +175,13 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, patch_size: int, documents: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, patch_size: int, document_ids: Tensor | None) -> Tensor:
         x = self.embed_tokens(input_ids, patch_size=patch_size)  # (B, P, D)
-        rotary = rotary_table(x, documents, self.config)
+        rotary = rotary_table(x, document_ids, self.config)
+        documents = None
+        if document_ids is not None:
+            dtype = matmul_dtype(x.device, x.dtype)
+            documents = pack_documents(document_ids, self.config.attention, dtype, self.config.head_size)
         for block in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, documents, use_reentrant=False)
@@ -204,7 +214,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: PackedDocuments | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, documents)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -226,14 +236,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: PackedDocuments | None) -> Tensor:
         q, k, v = (
             rearrange(projection(x), "b p (h d) -> b p h d", d=self.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         # Under autocast the norms' fp32 weights turn q and k into fp32, but attention needs all three in one dtype.
         q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
-        out = attention(q, k, v, document_ids=documents, implementation=self.attention)
+        out = attention(q, k, v, documents=documents, implementation=self.attention)
         projected: Tensor = self.o_proj(rearrange(out, "b p h d -> b p (h d)"))
         return projected
 
@@ -252,12 +262,22 @@ class MLP(nn.Module):
         return out
 
 
-def rotary_table(x: Tensor, documents: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it, and does not trace it
+def matmul_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a linear layer's output for an input of this dtype: autocast's if it is enabled, except for fp64."""
+    name = device.type
+    autocast = torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
+    return torch.get_autocast_dtype(name) if autocast and dtype != torch.float64 else dtype
+
+
+def rotary_table(x: Tensor, document_ids: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)`` (RoFormer, arXiv 2104.09864).
 
     Positions restart with every document. The angles are computed in fp32 and the results cast to the dtype of ``x``.
     """
-    position = torch.arange(x.shape[1], device=x.device)[None] if documents is None else document_positions(documents)
+    position = (
+        torch.arange(x.shape[1], device=x.device)[None] if document_ids is None else document_positions(document_ids)
+    )
     exponent = torch.arange(0, config.head_size, 2, device=x.device).float() / config.head_size
     angle = position[..., None].float() * (1.0 / config.rope_theta**exponent)
     angle = torch.cat([angle, angle], -1).unsqueeze(-2)

@@ -43,7 +43,8 @@ def train(config: TrainConfig) -> Path:
     config.check_batch_size(processes.world_size)
     document_multiple = config.document_multiple()
     dtype = torch.bfloat16 if config.run.bf16 else torch.float32
-    attention = choose_attention(config.run.attention, processes.device, dtype)  # raises where it cannot run
+    head_size = config.model.architecture().head_size
+    attention = choose_attention(config.run.attention, processes.device, dtype, head_size)  # raises if it cannot run
     out = Path(config.run.out)
     checkpoint = checkpoint_to_resume(out, config.checkpoint.resume)
     out.mkdir(parents=True, exist_ok=True)

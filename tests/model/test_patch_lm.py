@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchkernels import PatchLM, PatchLMConfig
 from patchkernels.model import patch_lm as model_module
+from patchkernels.model.attention import document_edges
 from patchkernels.model.config import PRESETS
 from patchkernels.numerics import IGNORE_INDEX
 
@@ -151,6 +153,107 @@ def test_attention_runs_in_autocasts_dtype(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         build(qk_norm=True).float()(torch.zeros(1, 4, dtype=torch.long))
     assert seen == [{torch.bfloat16}] * 2
+
+
+PACKED = torch.tensor([[0] * 8 + [1] * 16, [3] * 20 + [7] * 4])
+
+
+def loss_and_gradients(
+    model: torch.nn.Module, ids: torch.Tensor, documents: torch.Tensor = PACKED
+) -> list[torch.Tensor]:
+    """The loss of packed documents, and the gradients of all parameters. Parameters in fp32 are used in bf16."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=next(model.parameters()).dtype == torch.float32):
+        loss = model(ids, ids, 2, document_ids=documents)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def assert_as_exact(ours, plain, exact) -> None:
+    for value, plain_value, exact_value in zip(ours, plain, exact, strict=True):
+        bound = max(2 * relative_error(plain_value, exact_value), 2 * torch.finfo(torch.bfloat16).eps)
+        assert relative_error(value, exact_value) < bound
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("flash2", {}), ("flash3", {"qk_norm": True, "head_dim": 16}), ("flash4", {"activation_checkpointing": True})],
+)
+def test_flash_attention_is_as_exact_as_pytorchs(cpu_as_gpu, name, options):
+    """For packed documents. The measure is the error against fp64, in the loss and in every gradient."""
+    cpu_as_gpu(9, name)
+    ids = torch.randint(0, 67, (2, 24))
+    ours = loss_and_gradients(build(**options, attention=name).float(), ids)
+    plain = loss_and_gradients(build(**options).float(), ids)
+    assert_as_exact(ours, plain, loss_and_gradients(build(**options), ids))
+
+
+@pytest.mark.parametrize("name", ["flash3", "flash4"])
+def test_compiled_steps_of_packed_documents_share_graphs(cpu_as_gpu, name):
+    """Also if the number of documents changes: here four, then three."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    cpu_as_gpu(9, name)
+    counter = CompileCounterWithBackend("aot_eager")
+    options = {"activation_checkpointing": True, "num_hidden_layers": 1}
+    exact, model = build(**options), build(**options, attention=name).float()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    ids, graphs = torch.randint(0, 67, (2, 24)), []
+    for documents in (PACKED, PACKED // 2):
+        ours, eager, in_fp64 = (loss_and_gradients(m, ids, documents) for m in (compiled, model, exact))
+        assert_as_exact(ours, eager, in_fp64)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
+
+
+def test_packed_documents_are_one_graph_with_pytorchs_attention():
+    transformer, ids = build().float().model, torch.randint(0, 67, (2, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.compile(transformer, fullgraph=True, backend="eager")(ids, 1, PACKED)
+        torch.testing.assert_close(out, transformer(ids, 1, PACKED))
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the operators for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.overloadpacket in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero, torch.ops.aten.equal
+        )  # fmt: skip
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_packed_documents_synchronise_once_a_step_with_flash_attention(cpu_as_gpu, layers):
+    """On a CPU ids are checked as well, which costs more synchronisations, but no more with FlashAttention."""
+    cpu_as_gpu(9, "flash2")
+    counts = []
+    for name in ("sdpa", "flash2"):
+        model = build(num_hidden_layers=layers, attention=name, activation_checkpointing=True).float()
+        with Synchronisations() as counted:
+            loss_and_gradients(model, torch.randint(0, 67, (2, 24)))
+        counts.append(counted.count)
+    assert counts[1] == counts[0] + 1
+
+
+def test_a_step_of_packed_documents_never_waits_for_the_gpu():
+    """With PyTorch's attention. Tensors on ``meta`` have no values: whatever would read one raises an error."""
+    with torch.device("meta"):
+        ids = torch.zeros(2, 24, dtype=torch.long)
+        PatchLM(SMALL)(ids, ids, 2, document_ids=ids).backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        document_edges(ids)
+
+
+def test_the_mask_of_packed_documents_is_made_once_a_step(monkeypatch):
+    masks = []
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **o: masks.append(o["attn_mask"]) or original(*a, **o)
+    )
+    build()(torch.zeros(2, 24, dtype=torch.long), document_ids=PACKED)
+    assert len(masks) == 2
+    assert masks[0] is masks[1]
 
 
 @pytest.mark.parametrize("name", PRESETS)
