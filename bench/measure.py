@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,14 @@ Function = Callable[[], Any]
 L2_BYTES = 2**28  # written between two timed calls: more than the L2 cache of any GPU holds
 HEAD_START = 200_000  # clock cycles, about 0.1 ms, that a GPU waits until the host has queued the whole call
 MIN_ROUNDS, MAX_ROUNDS = 4, 30
+
+
+def device_from(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device called ``name``. The program ends with a message if that is a GPU and torch sees none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, f"{parser.prog}: this needs a GPU, and torch sees none (--device cpu is for trying it out)\n")
+    return device
 
 
 def interleaved(functions: dict[str, Function], device: torch.device, seconds: float) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Runs a function of a test in several processes: ``run(function, world_size, *arguments)``, with gloo."""
+"""Runs a function of a test in several processes: ``run(function, world_size, *arguments)``, with gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -64,6 +64,8 @@ def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[
 def _process(
     place: tuple[str, str], rank: int, world_size: int, port: int, answers: Any, arguments: tuple[Any, ...]
 ) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or torch would put meshes and FSDP2's parameters on a GPU
+
     import torch
     import torch.distributed as dist
     import triton_on_cpu  # noqa: F401  (before kernels are defined, as in conftest.py)
