@@ -1,7 +1,7 @@
 """Triton kernels of K-token cross entropy: one program per row of logits, whatever K is.
 
-    pass 1   lse = log sum exp z, online in fp32;   l_k = lse - z[t_k]
-    pass 2   dz  = (sum_k c_k) softmax(z),          then the K targets' entries, computed in fp32 and rounded once
+    pass 1   max z and s = sum exp(z - max), online in fp32;   l_k = (max - z[t_k]) + log s
+    pass 2   dz = (sum_k c_k) exp(z - max) / s,   then the K targets' entries, computed in fp32 and rounded once
 
 A launch runs one of the passes or both. The gradient may overwrite the logits if they are the library's own buffer.
 """
@@ -30,24 +30,24 @@ def loss(
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
     options: LossOptions,
-) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
-    """Losses and log-sum-exp in fp32. The logits are read once and stay unchanged."""
+) -> tuple[Tensor, Tensor]:  # l (N, K); max z and sum exp(z - max) (2, N)
+    """Losses and the statistics that the gradient needs, in fp32. The logits are read once and stay unchanged."""
     losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-    lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
-    _launch(_unit_stride(logits), target, None, losses, lse, None, options, needs_lse=True)
-    return losses, lse
+    statistics = torch.empty(2, len(target), dtype=torch.float32, device=logits.device)
+    _launch(_unit_stride(logits), target, None, losses, statistics, None, options)
+    return losses, statistics
 
 
 def logits_gradient(
     c: Tensor,  # (N, K), dL/dl
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
-    lse: Tensor,  # (N)
+    statistics: Tensor,  # (2, N): max z, sum exp(z - max)
     options: LossOptions,
 ) -> Tensor:  # (N, V)
     """dlogits, in the dtype of the logits, which stay unchanged."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _launch(_unit_stride(logits), target, c, None, lse, dlogits, options, needs_lse=False)
+    _launch(_unit_stride(logits), target, c, None, statistics, dlogits, options)
     return dlogits
 
 
@@ -59,9 +59,9 @@ def loss_and_gradient_(
     options: LossOptions,
 ) -> Tensor | None:  # (N, V)
     """Fills ``losses``; with ``c`` also overwrites the logits with dlogits and returns them."""
-    lse = torch.empty(len(target), dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(2, len(target), dtype=torch.float32, device=logits.device)
     dlogits = None if c is None else logits
-    _launch(logits, target, c, losses, lse, dlogits, options, needs_lse=True)
+    _launch(logits, target, c, losses, statistics, dlogits, options)
     return dlogits
 
 
@@ -69,7 +69,7 @@ def slice_statistics_(
     logits: Tensor,  # (N, v), of the classes from ``first`` on
     first: int,
     target: Tensor,  # (N, K)
-    statistics: Tensor,  # (3, N), fp32: max z, sum exp(z - max), sum z
+    statistics: Tensor,  # (3, N), of the classes before ``first`` or of none; see :func:`numerics.new_statistics`
     picked: Tensor,  # (N, K), fp32, the logits of the targets
     options: LossOptions,
     *,
@@ -80,10 +80,11 @@ def slice_statistics_(
     if rows:
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             slice_statistics_kernel[(rows,)](
-                logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits), rows,
+                logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits),
                 options.ignore_index, options.softcap or 1.0,
                 SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
                 SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+                enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -93,11 +94,11 @@ def slice_gradient_(
     vocab: int,
     target: Tensor,  # (N, K)
     c: Tensor,  # (N, K), dL/dl
-    lse: Tensor,  # (N), over the whole vocabulary
+    statistics: Tensor,  # (2, N), fp32: max z and sum exp(z - max) over the whole vocabulary
     options: LossOptions,
 ) -> Tensor:  # (N, v)
     """Overwrites the logits of these classes with their dlogits and returns them."""
-    _launch(logits, target, c, None, lse, logits, options, needs_lse=False, first=first, vocab=vocab)
+    _launch(logits, target, c, None, statistics, logits, options, first=first, vocab=vocab)
     return logits
 
 
@@ -125,11 +126,10 @@ def _launch(
     target: Tensor,
     c: Tensor | None,
     losses: Tensor | None,
-    lse: Tensor,
+    statistics: Tensor,
     dlogits: Tensor | None,
     options: LossOptions,
     *,
-    needs_lse: bool,
     first: int = 0,
     vocab: int | None = None,
 ) -> None:
@@ -137,20 +137,20 @@ def _launch(
     if rows == 0:
         return
     slots = target.shape[1]
-    target = target.contiguous()
-    c = None if c is None else c.contiguous()
+    statistics = statistics.contiguous()
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         patch_cross_entropy_kernel[(rows,)](
-            logits, target,
-            c if c is not None else lse,  # Triton needs a tensor for every pointer, even for an unused one
-            losses if losses is not None else lse,
-            lse,
+            logits, target.contiguous(),
+            c.contiguous() if c is not None else statistics,  # Triton needs a tensor for an unused pointer too
+            losses if losses is not None else statistics,
+            statistics,
             dlogits if dlogits is not None else logits,
             logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
             first, columns, vocab or columns, _readable(columns, logits, dlogits),
             options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
-            SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LSE=needs_lse, NEEDS_GRAD=dlogits is not None,
-            SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
+            SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LOSS=losses is not None,
+            NEEDS_GRAD=dlogits is not None, SMOOTHING=options.label_smoothing > 0,
+            SOFTCAP=options.softcap is not None, **launch_config(columns), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -182,117 +182,127 @@ def _tanh(x):
 
 
 @triton.jit
+def _has_target(target_ptr, slots, ignore_index, SLOTS: tl.constexpr):
+    """Whether a row has a target that is not ignored."""
+    target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
+    return tl.sum((target != ignore_index).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _load_targets(
-    logits_ptr,
-    target_ptr,
-    slots,
-    first,
-    V,
-    ignore_index,
-    softcap,
-    SLOTS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    logits_ptr, target_ptr, slots, first, V, ignore_index, softcap, SLOTS: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     """Loads the targets of a row.
 
-    Returns for each target its class, whether it is valid (not ignored), its column, whether that column is one of the
-    V here, its logit, and the slope of the soft cap at that logit.
+    Returns for each target whether it is valid (not ignored), its column, or -1 if it is ignored or not one of the V
+    columns here, its logit, and the slope of the soft cap at that logit.
     """
     target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
     valid = target != ignore_index
     column = target - first
-    inside = valid & (column >= 0) & (column < V)  # only these columns are read and written
-    picked = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    column = tl.where(valid & (column >= 0) & (column < V), column, -1).to(tl.int32)
+    picked = tl.load(logits_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
         t = _tanh(picked / softcap)
         picked = softcap * t
         slope = 1.0 - t * t
-    return target, valid, column, inside, picked, slope
+    return valid, column, picked, slope
 
 
 @triton.jit
 def _online_softmax(
-    logits_ptr,
-    largest,
-    total,
-    sum_z,
-    V,
-    end,  # V, or 0 to read nothing
-    readable,
-    softcap,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    logits_ptr, V, end, readable, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """Updates a row's ``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum z`` with more columns."""
+    """``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum (z - max)`` of a row; ``end`` is V, or 0 for none."""
+    zero = tl.full((), 0.0, tl.float32)
+    largest, total, below = zero - float("inf"), zero, zero
     for start in range(0, end, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
         if SOFTCAP:
             z = softcap * _tanh(z / softcap)
-        if SMOOTHING:
-            sum_z += tl.sum(tl.where(offsets < V, z, 0.0), 0)
         z = tl.where(offsets < V, z, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(z, 0))
-        # while a row holds nothing but -inf, subtracting its maximum would give NaN
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), 0)
+        shift, moved = _move_maximum(largest, new_largest)
+        z -= shift
+        if SMOOTHING:
+            below += start * moved + tl.sum(tl.where(offsets < V, z, 0.0), 0)
+        total = total * tl.exp(moved) + tl.sum(tl.exp(z), 0)
         largest = new_largest
-    return largest, total, sum_z
+    return largest, total, below
 
 
 @triton.jit
-def _losses(lse, picked, mean, inside, valid, label_smoothing, z_loss_weight, SMOOTHING: tl.constexpr):
-    """The loss of each target of a row: 0 where it is ignored, NaN where it is outside [0, V)."""
-    loss = lse - picked
+def _move_maximum(largest, new_largest):
+    """What to subtract from logits for a new maximum, and what to add to differences from the former one.
+
+    Both are 0 where a maximum is -inf, since -inf - -inf is NaN. Sums over such columns are 0 or -inf and stay so.
+    """
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    moved = tl.where(largest == float("-inf"), 0.0, largest - shift)
+    return shift, moved
+
+
+@triton.jit
+def _losses(
+    largest, log_total, mean_below, picked, column, valid, label_smoothing, z_loss_weight, SMOOTHING: tl.constexpr
+):
+    """The loss of each target of a row: 0 where it is ignored, NaN where it is outside [0, V).
+
+    ``mean_below`` is the mean of ``z - max``. Differences from the maximum come first: log-sum-exp, rounded at logits
+    of 1e4, would be off by 5e-4.
+    """
+    loss = largest - picked
     if SMOOTHING:
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - mean)
-    loss += z_loss_weight * lse * lse
-    return tl.where(inside, loss, tl.where(valid, float("nan"), 0.0))
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * mean_below
+    lse = largest + log_total
+    loss += log_total + z_loss_weight * lse * lse
+    return tl.where(column >= 0, loss, tl.where(valid, float("nan"), 0.0))
+
+
+@triton.jit
+def _factors(c, largest, total, log_total, vocab, label_smoothing, z_loss_weight):
+    """What multiplies ``exp(z - max)`` in a row's gradient, and what label smoothing subtracts for every class."""
+    total_c = tl.sum(c, 0)
+    return total_c * (1.0 + 2.0 * z_loss_weight * (largest + log_total)) / total, total_c * label_smoothing / vocab
 
 
 @triton.jit
 def _store_softmax_gradient(
     logits_ptr,
     dlogits_ptr,
-    factor,  # multiplies the softmax
-    shared,  # what label smoothing subtracts for every class
-    lse,
-    used,  # False: the row has no valid target and its gradient is 0
+    factor,
+    shared,
+    largest,
+    used,  # False: all c of the row are 0, and so is its gradient, whatever the logits are
     V,
     readable,
     softcap,
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Stores ``factor softmax(z) - shared``, times the slope of the soft cap, for every column of a row."""
+    """Stores ``factor exp(z - max) - shared``, times the slope of the soft cap, for every column of a row."""
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         if used:
             z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
             if SOFTCAP:
                 t = _tanh(z / softcap)
-                dz = (factor * tl.exp(softcap * t - lse) - shared) * (1.0 - t * t)
+                dz = (factor * tl.exp(softcap * t - largest) - shared) * (1.0 - t * t)
             else:
-                dz = factor * tl.exp(z - lse) - shared
+                dz = factor * tl.exp(z - largest) - shared
         else:
             dz = tl.zeros((BLOCK_V,), tl.float32)
         tl.store(dlogits_ptr + offsets, dz.to(dlogits_ptr.dtype.element_ty), mask=offsets < readable)
 
 
 @triton.jit
-def _store_target_gradient(dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing):
-    """Overwrites the gradient in the targets' columns with the complete value, computed in fp32 and rounded once.
-
-    The gradients of repeated targets add up, and each of them stores the same sum. The barrier makes these stores come
-    after those of :func:`_store_softmax_gradient` to the same columns, which other threads made.
-    """
-    same = (target[:, None] == target[None, :]) & inside[None, :]
+def _target_gradient(column, c, picked, slope, factor, shared, largest, used, label_smoothing):
+    """The complete gradient in the targets' columns, in fp32. Where a target is repeated, each has the same sum."""
+    same = column[:, None] == column[None, :]
     at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
-    dz = (factor * tl.exp(picked - lse) - shared - at_target) * slope
-    tl.debug_barrier()
-    tl.store(dlogits_ptr + column, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    return tl.where(used, (factor * tl.exp(picked - largest) - shared - at_target) * slope, 0.0)
 
 
 @triton.jit(do_not_specialize=["first", "vocab", "ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
@@ -301,13 +311,13 @@ def patch_cross_entropy_kernel(
     target_ptr,  # (N, K)
     c_ptr,  # (N, K), dL/dl
     losses_ptr,  # (N, K), fp32
-    lse_ptr,  # (N), fp32: written if NEEDS_LSE, read if not
+    statistics_ptr,  # (2, N), fp32: max z, sum exp(z - max); written if NEEDS_LOSS, read if not
     dlogits_ptr,  # (N, V), may be the logits
     logits_stride,
     dlogits_stride,
     first,  # the class of the first column
     V,  # columns
-    vocab,  # classes in all; more than V for a slice, and NEEDS_LSE must then be False
+    vocab,  # classes in all; more than V for a slice, and NEEDS_LOSS must then be False
     readable,  # columns that a load may touch: V, or more where rows are padded
     ignore_index,
     label_smoothing,
@@ -315,7 +325,7 @@ def patch_cross_entropy_kernel(
     z_loss_weight,
     SLOTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NEEDS_LSE: tl.constexpr,
+    NEEDS_LOSS: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -324,56 +334,52 @@ def patch_cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)  # N * V may exceed 2^31
     logits_ptr += row * logits_stride
     dlogits_ptr += row * dlogits_stride
-
+    largest_ptr = statistics_ptr + row
+    total_ptr = largest_ptr + tl.num_programs(0)
     slots = tl.arange(0, BLOCK_K)
-    target, valid, column, inside, picked, slope = _load_targets(
+    if NEEDS_LOSS:
+        # The logits of a row without a valid target are not read: its losses are 0.
+        used = _has_target(target_ptr + row * SLOTS, slots, ignore_index, SLOTS)
+        end = tl.where(used, V, 0)
+        largest, total, below = _online_softmax(logits_ptr, V, end, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
+        largest, total = tl.where(used, largest, 0.0), tl.where(used, total, 1.0)
+    else:
+        largest, total = tl.load(largest_ptr), tl.load(total_ptr)
+    log_total = tl.log(total)
+    # After the loop, so that nothing of the targets takes registers in it.
+    valid, column, picked, slope = _load_targets(
         logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
     )
-
-    # The logits of a row without a valid target are not read: its losses and its gradient are 0.
-    used = tl.sum(valid.to(tl.int32), 0) > 0
-    end = tl.where(used, V, 0)
-
-    if NEEDS_LSE:
-        zero = tl.full((), 0.0, tl.float32)
-        largest, total, sum_z = _online_softmax(
-            logits_ptr, zero - float("inf"), zero, zero, V, end, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V
-        )
-        lse = tl.where(used, largest + tl.log(total), 0.0)
-        loss = _losses(lse, picked, sum_z / V, inside, valid, label_smoothing, z_loss_weight, SMOOTHING)
+    if NEEDS_LOSS:
+        loss = _losses(largest, log_total, below / V, picked, column, valid, label_smoothing, z_loss_weight, SMOOTHING)
         tl.store(losses_ptr + row * SLOTS + slots, loss, mask=slots < SLOTS)
-        tl.store(lse_ptr + row, lse)
-    else:
-        lse = tl.load(lse_ptr + row)
-        # In place, a target's logit must be read by all warps before one of them overwrites it. The reductions of the
-        # other branch are such a barrier; here there is none.
-        tl.debug_barrier()
+        tl.store(largest_ptr, largest)
+        tl.store(total_ptr, total)
 
     if NEEDS_GRAD:
         c = tl.load(c_ptr + row * SLOTS + slots, mask=valid & (slots < SLOTS), other=0.0).to(tl.float32)
-        total_c = tl.sum(c, 0)
-        factor = total_c * (1.0 + 2.0 * z_loss_weight * lse)
-        shared = total_c * label_smoothing / vocab
+        used = tl.sum((c != 0).to(tl.int32), 0) > 0
+        factor, shared = _factors(c, largest, total, log_total, vocab, label_smoothing, z_loss_weight)
+        at_targets = _target_gradient(column, c, picked, slope, factor, shared, largest, used, label_smoothing)
+        # In place, a target's logit must be read by all warps before one of them overwrites it.
+        tl.debug_barrier()
         _store_softmax_gradient(
-            logits_ptr, dlogits_ptr, factor, shared, lse, used, V, readable, softcap, SOFTCAP, BLOCK_V
+            logits_ptr, dlogits_ptr, factor, shared, largest, used, V, readable, softcap, SOFTCAP, BLOCK_V
         )
-
-        _store_target_gradient(
-            dlogits_ptr, target, column, inside, c, picked, slope, factor, shared, lse, label_smoothing
-        )
+        tl.debug_barrier()  # other threads have stored to the same columns
+        tl.store(dlogits_ptr + column, at_targets.to(dlogits_ptr.dtype.element_ty), mask=column >= 0)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "ignore_index", "softcap"])
+@triton.jit(do_not_specialize=["first", "ignore_index", "softcap"])
 def slice_statistics_kernel(
     logits_ptr,  # (N, v), unit stride along v
     target_ptr,  # (N, K)
-    statistics_ptr,  # (3, N), fp32: max z, sum exp(z - max), sum z
+    statistics_ptr,  # (3, N), fp32: max z, sum exp(z - max), sum (z - max), of the classes before ``first`` or of none
     picked_ptr,  # (N, K), fp32
     logits_stride,
     first,  # the class of the first column
     V,  # columns
     readable,
-    rows,
     ignore_index,
     softcap,
     SLOTS: tl.constexpr,
@@ -385,17 +391,21 @@ def slice_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     slots = tl.arange(0, BLOCK_K)
-    _target, _valid, _column, inside, picked, _slope = _load_targets(
+    _valid, column, picked, _slope = _load_targets(
         logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
     )
-    tl.store(picked_ptr + row * SLOTS + slots, picked, mask=inside)
+    tl.store(picked_ptr + row * SLOTS + slots, picked, mask=column >= 0)
 
-    largest = tl.load(statistics_ptr + row)
-    total = tl.load(statistics_ptr + rows + row)
-    sum_z = tl.load(statistics_ptr + 2 * rows + row)
-    largest, total, sum_z = _online_softmax(
-        logits_ptr, largest, total, sum_z, V, V, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V
-    )
-    tl.store(statistics_ptr + row, largest)
-    tl.store(statistics_ptr + rows + row, total)
-    tl.store(statistics_ptr + 2 * rows + row, sum_z)
+    largest, total, below = _online_softmax(logits_ptr, V, V, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
+    largest_ptr = statistics_ptr + row
+    total_ptr = largest_ptr + tl.num_programs(0)
+    below_ptr = total_ptr + tl.num_programs(0)
+    former_largest, former_total, former_below = tl.load(largest_ptr), tl.load(total_ptr), tl.load(below_ptr)
+    new_largest = tl.maximum(former_largest, largest)
+    _, former_moved = _move_maximum(former_largest, new_largest)
+    _, moved = _move_maximum(largest, new_largest)
+    tl.debug_barrier()  # all warps must have read the former statistics before one of them overwrites them
+    tl.store(largest_ptr, new_largest)
+    tl.store(total_ptr, former_total * tl.exp(former_moved) + total * tl.exp(moved))
+    if SMOOTHING:
+        tl.store(below_ptr, (former_below + first * former_moved) + (below + V * moved))

@@ -58,6 +58,7 @@ def forward(
             UNROLL=min(8, triton.next_power_of_2(slots)),
             PADDING=padding_idx is not None and slots > 1,
             **config,
+            enable_fp_fusion=True,
         )
     return out
 

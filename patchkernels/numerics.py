@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # the label of a position that has no target, as in torch.nn.functional.cross_entropy
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SOFTCAPS = (1e-30, 1e30)  # soft caps by which fp32 logits can be divided and multiplied without losing their digits
 
 
 class LossOptions(NamedTuple):
@@ -41,6 +44,37 @@ def inverse_counts(
     return (ids != padding_idx).sum(-1).clamp(min=1).to(dtype).reciprocal()
 
 
+def check_float_dtype(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor of another dtype than float32, bfloat16, float16 and float64."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point, one of {FLOAT_DTYPES}, got {tensor.dtype}")
+
+
+def check_class_dtype(name: str, tensor: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
+    """Raises TypeError for classes that are not int32 or int64, ValueError for an ``ignore_index`` beyond that dtype.
+
+    Other integers are not taken, because ``ignore_index`` would become a class in some: -100 is 156 in uint8.
+    """
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be class indices, int32 or int64, got {tensor.dtype}")
+    limits = torch.iinfo(tensor.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"ignore_index must be a number of the dtype of {name}, {tensor.dtype}, got {ignore_index}")
+
+
+def check_loss_options(options: LossOptions) -> None:
+    """Raises ValueError for an option that is out of its range or not finite."""
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
+    smallest, largest = SOFTCAPS
+    if options.softcap is not None and not smallest <= options.softcap <= largest:
+        raise ValueError(
+            f"softcap must be positive, got {options.softcap}; fp32 logits can be divided by {smallest} to {largest}"
+        )
+    if not (options.z_loss_weight >= 0 and math.isfinite(options.z_loss_weight)):
+        raise ValueError(f"z_loss_weight must not be negative and must be finite, got {options.z_loss_weight}")
+
+
 def check_patch_size(patch_size: int) -> None:
     """Raises ValueError for a patch size below 1."""
     if patch_size < 1:
@@ -69,23 +103,38 @@ def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
             raise IndexError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {bad[0].item()}")
 
 
+def new_statistics(
+    target: Tensor,  # (N, K)
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # (3, N) and (N, K)
+    """The statistics of rows of which no logits have been seen, and memory for the logits of their targets.
+
+    The statistics of a row are ``max z``, ``sum exp(z - max)`` and, used with label smoothing only, ``sum (z - max)``.
+    Log-sum-exp is not kept as one number: rounded at logits of 1e4, it would have an absolute error of 5e-4, and so
+    would the loss. Max and sum have relative errors, and the loss takes its differences from the max.
+    """
+    statistics = torch.zeros(3, len(target), dtype=dtype, device=target.device)
+    statistics[0] = -torch.inf
+    return statistics, torch.zeros(target.shape, dtype=dtype, device=target.device)
+
+
 def row_losses(
-    lse: Tensor,  # (N), log-sum-exp of each row's logits
+    statistics: Tensor,  # (3, N): max z, sum exp(z - max), sum (z - max)
     picked: Tensor,  # (N, K), the logits of the targets
-    mean: Tensor,  # (N), mean of each row's logits; used only with label smoothing
     target: Tensor,  # (N, K)
     vocab: int,
     options: LossOptions,
 ) -> Tensor:  # (N, K)
-    """``l = lse - (1 - e) z_t - e mean_v z_v + z_loss_weight lse^2``, with ``e = label_smoothing``.
+    """``l = (1 - e) (max - z_t) + e (max - mean_v z_v) + log sum exp(z - max) + z_loss_weight lse^2``.
 
-    An ignored target has the loss 0, and a target outside [0, V) the loss NaN.
+    ``e`` is ``label_smoothing``. An ignored target has the loss 0, and a target outside [0, V) the loss NaN.
     """
-    lse = lse.unsqueeze(1)
-    losses = lse - (1 - options.label_smoothing) * picked
+    largest, total, below = statistics.unsqueeze(2).unbind()
+    log_total = total.log()
+    losses = (1 - options.label_smoothing) * (largest - picked) + log_total
     if options.label_smoothing:
-        losses = losses - options.label_smoothing * mean.unsqueeze(1)
+        losses = losses - (options.label_smoothing / vocab) * below
     if options.z_loss_weight:
-        losses = losses + options.z_loss_weight * lse**2
+        losses = losses + options.z_loss_weight * (largest + log_total) ** 2
     losses = losses.masked_fill((target < 0) | (target >= vocab), torch.nan)
     return losses.masked_fill(target == options.ignore_index, 0)

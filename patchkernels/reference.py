@@ -62,7 +62,7 @@ def patch_cross_entropy(
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
-        return loss.sum() / w.sum().where(w.sum() != 0, 1)
+        return loss.sum() / w.sum().where((w != 0).any(), 1)
     per_slot = torch.ones(t.shape[-1], dtype=z.dtype, device=z.device) if target_weight is None else target_weight
     count = valid.reshape(-1, t.shape[-1]).sum(0)  # (K)
     per_slot = per_slot.to(z.dtype).where(count > 0, 0)
@@ -77,7 +77,7 @@ def patch_cross_entropy(
         z_loss_weight=z_loss_weight,
     )
     slot_mean = unweighted.reshape(-1, t.shape[-1]).sum(0) / count.clamp(min=1)
-    return (per_slot * slot_mean).sum() / per_slot.sum().where(per_slot.sum() != 0, 1)
+    return (per_slot * slot_mean).sum() / per_slot.sum().where((per_slot != 0).any(), 1)
 
 
 def linear_patch_cross_entropy(

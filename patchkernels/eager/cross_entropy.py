@@ -1,6 +1,6 @@
 """K-token cross entropy in plain PyTorch: the work of size V is done once per row, whatever K is.
 
-    l[n, k]  = lse_n - z[n, t_nk]
+    l[n, k]  = (max_n - z[n, t_nk]) + log sum_v exp(z[n, v] - max_n)
     dz[n, :] = (sum_k c_nk) softmax(z_n) - sum_k c_nk onehot(t_nk)
 
 Statistics and gradients are computed in fp32 (fp64 for fp64), one chunk of rows or slice of the vocabulary at a time.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LossOptions, accumulation_dtype, check_targets, row_losses
+from patchkernels.numerics import LossOptions, accumulation_dtype, check_targets, new_statistics, row_losses
 
 __all__ = [
     "bytes_per_logit",
@@ -31,29 +31,31 @@ def loss(
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
     options: LossOptions,
-) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
-    """Losses and log-sum-exp. The logits stay unchanged."""
+) -> tuple[Tensor, Tensor]:  # l (N, K); max z and sum exp(z - max) (2, N)
+    """Losses, and the statistics that the gradient needs. The logits stay unchanged."""
     dtype = accumulation_dtype(logits.dtype)
     losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
-    lse = torch.empty(len(target), dtype=dtype, device=logits.device)
+    statistics = torch.empty(2, len(target), dtype=dtype, device=logits.device)
     for chunk in _chunks(logits):
-        losses[chunk], lse[chunk], _ = _softmax_(logits[chunk].to(dtype, copy=True), target[chunk], options)
-    return losses, lse
+        z = logits[chunk].to(dtype, copy=True)
+        losses[chunk], statistics[:, chunk], _ = _losses_and_exponentials_(z, target[chunk], options)
+    return losses, statistics
 
 
 def logits_gradient(
     c: Tensor,  # (N, K), dL/dl
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
-    lse: Tensor,  # (N)
+    statistics: Tensor,  # (2, N): max z, sum exp(z - max)
     options: LossOptions,
 ) -> Tensor:  # (N, V)
     """dlogits, in the dtype of the logits, which stay unchanged."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for chunk in _chunks(logits):
-        p = logits[chunk].to(accumulation_dtype(logits.dtype), copy=True)
-        _, _, slope = _softmax_(p, target[chunk], options)
-        dlogits[chunk] = _softmax_to_gradient_(p, target[chunk], c[chunk], lse[chunk], slope, options)
+        z = logits[chunk].to(statistics.dtype, copy=True)
+        slope = _cap_(z, options.softcap)
+        exponentials = z.sub_(statistics[0, chunk].unsqueeze(1)).exp_()
+        dlogits[chunk] = _gradient_(exponentials, target[chunk], c[chunk], statistics[:, chunk], slope, options)
     return dlogits
 
 
@@ -65,16 +67,16 @@ def loss_and_gradient_(
     options: LossOptions,
 ) -> Tensor | None:  # (N, V)
     """Fills ``losses``; with ``c`` returns dlogits in fp32 (fp64 for fp64). The logits may be overwritten."""
-    p = logits.to(accumulation_dtype(logits.dtype))
-    losses[:], lse, slope = _softmax_(p, target, options)
-    return None if c is None else _softmax_to_gradient_(p, target, c, lse, slope, options)
+    z = logits.to(accumulation_dtype(logits.dtype))
+    losses[:], statistics, slope = _losses_and_exponentials_(z, target, options)
+    return None if c is None else _gradient_(z, target, c, statistics, slope, options)
 
 
 def slice_statistics_(
     logits: Tensor,  # (N, v), of the classes from ``first`` on
     first: int,
     target: Tensor,  # (N, K)
-    statistics: Tensor,  # (3, N): max z, sum exp(z - max), sum z
+    statistics: Tensor,  # (3, N), of the classes before ``first`` or of none; see :func:`numerics.new_statistics`
     picked: Tensor,  # (N, K), the logits of the targets
     options: LossOptions,
     *,
@@ -85,18 +87,8 @@ def slice_statistics_(
     Without ``keep_logits`` the logits may be overwritten.
     """
     z = logits.to(statistics.dtype, copy=keep_logits)
-    if options.softcap is not None:
-        _cap_(z, options.softcap)
-    column = target - first
-    inside = (column >= 0) & (column < z.shape[1])
-    found = z.gather(1, column.clamp(0, z.shape[1] - 1).long())
-    picked.copy_(torch.where(inside, found, picked))
-    largest, total, sum_z = statistics
-    new_largest = torch.maximum(largest, z.amax(1))
-    shift = new_largest.masked_fill(new_largest == -torch.inf, 0)
-    sum_z += z.sum(1)
-    total.mul_((largest - shift).exp_()).add_(z.sub_(shift.unsqueeze(1)).exp_().sum(1))
-    largest.copy_(new_largest)
+    _cap_(z, options.softcap)
+    _exponentials_(z, first, target, statistics, picked, options)
 
 
 def slice_gradient_(
@@ -105,14 +97,14 @@ def slice_gradient_(
     vocab: int,
     target: Tensor,  # (N, K)
     c: Tensor,  # (N, K), dL/dl
-    lse: Tensor,  # (N), over the whole vocabulary
+    statistics: Tensor,  # (2, N): max z and sum exp(z - max) over the whole vocabulary
     options: LossOptions,
 ) -> Tensor:  # (N, v)
     """dlogits of these classes, in the dtype of the logits, which may be overwritten."""
-    p = logits.to(accumulation_dtype(logits.dtype))
-    slope = None if options.softcap is None else _cap_(p, options.softcap)
-    p.sub_(lse.unsqueeze(1)).exp_()
-    return _softmax_to_gradient_(p, target, c, lse, slope, options, first, vocab).to(logits.dtype)
+    z = logits.to(accumulation_dtype(logits.dtype))
+    slope = _cap_(z, options.softcap)
+    exponentials = z.sub_(statistics[0].unsqueeze(1)).exp_()
+    return _gradient_(exponentials, target, c, statistics, slope, options, first, vocab).to(logits.dtype)
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
@@ -131,50 +123,80 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def _softmax_(
+def _losses_and_exponentials_(
     z: Tensor,  # (n, V)
     target: Tensor,  # (n, K)
     options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # l (n, K), lse (n), slope of the soft cap (n, V)
-    """Losses and log-sum-exp. Overwrites the logits with their softmax."""
-    slope = None if options.softcap is None else _cap_(z, options.softcap)
-    picked = z.gather(1, target.clamp(0, z.shape[1] - 1).long())
-    largest = z.amax(1)
-    mean = z.mean(1) if options.label_smoothing else largest
-    torch.softmax(z, 1, out=z)
-    lse = largest - z.amax(1).log_()  # the largest probability is exp(largest - lse)
-    return row_losses(lse, picked, mean, target, z.shape[1], options), lse, slope
+) -> tuple[Tensor, Tensor, Tensor | None]:  # l (n, K), max z and sum exp(z - max) (2, n), slope of the soft cap (n, V)
+    """Losses and statistics of whole rows. Overwrites the logits with ``exp(z - max)``."""
+    slope = _cap_(z, options.softcap)
+    statistics, picked = new_statistics(target, z.dtype)
+    _exponentials_(z, 0, target, statistics, picked, options)
+    return row_losses(statistics, picked, target, z.shape[1], options), statistics[:2], slope
 
 
-def _cap_(z: Tensor, softcap: float) -> Tensor:
-    """``z <- softcap tanh(z / softcap)`` in place; returns the slope ``1 - tanh^2``."""
+def _cap_(z: Tensor, softcap: float | None) -> Tensor | None:
+    """``z <- softcap tanh(z / softcap)`` in place; returns the slope ``1 - tanh^2``, or None without a soft cap."""
+    if softcap is None:
+        return None
     z.div_(softcap).tanh_()
     slope = 1 - z * z
     z.mul_(softcap)
     return slope
 
 
-def _softmax_to_gradient_(
-    p: Tensor,  # (n, v), probabilities of the classes from ``first`` on
+def _exponentials_(
+    z: Tensor,  # (n, v), of the classes from ``first`` on
+    first: int,
+    target: Tensor,  # (n, K)
+    statistics: Tensor,  # (3, n)
+    picked: Tensor,  # (n, K)
+    options: LossOptions,
+) -> None:
+    """Updates the statistics with more classes. Overwrites the logits with ``exp(z - max)``."""
+    column = target - first
+    inside = (column >= 0) & (column < z.shape[1])
+    picked.copy_(torch.where(inside, z.gather(1, column.clamp(0, z.shape[1] - 1).long()), picked))
+    largest, total, below = statistics
+    new_largest = torch.maximum(largest, z.amax(1))
+    shift = new_largest.masked_fill(new_largest == -torch.inf, 0)  # -inf - -inf is NaN
+    moved = (largest - shift).masked_fill(largest == -torch.inf, 0)
+    z.sub_(shift.unsqueeze(1))
+    if options.label_smoothing:
+        below += first * moved + z.sum(1)
+    total.mul_(moved.exp()).add_(z.exp_().sum(1))
+    largest.copy_(new_largest)
+
+
+def _gradient_(
+    exponentials: Tensor,  # (n, v), exp(z - max) of the classes from ``first`` on
     target: Tensor,  # (n, K)
     c: Tensor,  # (n, K), dL/dl
-    lse: Tensor,  # (n)
+    statistics: Tensor,  # (2, n): max z, sum exp(z - max)
     slope: Tensor | None,  # (n, v), of the soft cap
     options: LossOptions,
     first: int = 0,
-    vocab: int | None = None,  # None: ``p`` holds all classes
+    vocab: int | None = None,  # None: all classes are here
 ) -> Tensor:  # (n, v)
     """``dz = slope ((sum_k c_k) (p (1 + 2 z_loss_weight lse) - e/V) - (1-e) sum_k c_k onehot(t_k))``.
 
-    Overwrites ``p`` with it. ``e`` is ``label_smoothing``.
+    ``p = exp(z - max) / sum exp(z - max)``, and ``e`` is ``label_smoothing``. A row whose ``c`` are all 0 has the
+    gradient 0, whatever its logits are. Overwrites ``exponentials`` with the gradient.
     """
+    dz = exponentials
     c = c.masked_fill(target == options.ignore_index, 0)
-    total = c.sum(1, keepdim=True)
-    p.mul_(total * (1 + 2 * options.z_loss_weight * lse.unsqueeze(1)) if options.z_loss_weight else total)
+    total_c = c.sum(1, keepdim=True)
+    largest, total = statistics.unsqueeze(2).unbind()
+    factor = total_c / total
+    if options.z_loss_weight:
+        factor = factor * (1 + 2 * options.z_loss_weight * (largest + total.log()))
+    dz.mul_(factor)
     if options.label_smoothing:
-        p.sub_(total * (options.label_smoothing / (vocab or p.shape[1])))
+        dz.sub_(total_c * (options.label_smoothing / (vocab or dz.shape[1])))
     column = target - first
-    inside = (column >= 0) & (column < p.shape[1])
-    c = torch.where(inside, c * (options.label_smoothing - 1), 0)
-    p.scatter_add_(1, column.clamp(0, p.shape[1] - 1).long(), c)
-    return p if slope is None else p.mul_(slope)
+    inside = (column >= 0) & (column < dz.shape[1])
+    at_target = torch.where(inside, c * (options.label_smoothing - 1), 0)
+    dz.scatter_add_(1, column.clamp(0, dz.shape[1] - 1).long(), at_target)
+    if slope is not None:
+        dz.mul_(slope)
+    return dz.masked_fill_((c == 0).all(1, keepdim=True), 0)

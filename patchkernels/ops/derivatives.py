@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated once more: asking for that raises an error."""
+"""What can be derived from the operators: gradients, once. Asking for anything else raises an error that says so."""
 
 from __future__ import annotations
 
@@ -8,8 +8,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backward = Callable[..., tuple[Any, ...]]
+
+
+def check_transforms(operator: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError under ``torch.func.vmap``, and for tensors with forward-mode tangents.
+
+    ``operator`` is named in the message. PyTorch's own message would name a private class.
+    """
+    if torch.compiler.is_compiling():
+        return
+    vmap = any(level.key() == torch._C._functorch.TransformType.Vmap for level in transforms())
+    tangents = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if vmap or tangents:
+        raise NotImplementedError(
+            f"{operator} was called under {'torch.func.vmap' if vmap else 'forward-mode differentiation (jvp)'}. Of "
+            "PyTorch's transforms the operators take torch.func.grad, vjp and jacrev, and leading dimensions take the "
+            f"place of vmap. patchkernels.reference.{operator}, the same in plain PyTorch, takes all transforms"
+        )
+
+
+def transforms() -> list[Any]:
+    """The transforms of ``torch.func`` in which the caller is; none while ``torch.compile`` traces it."""
+    if torch.compiler.is_compiling():
+        return []
+    return torch._C._functorch.get_interpreter_stack() or []
 
 
 def first_derivative_only(backward: Backward) -> Backward:
@@ -17,7 +42,8 @@ def first_derivative_only(backward: Backward) -> Backward:
 
     ``torch.autograd.function.once_differentiable`` raises too, but only if the upstream gradient requires grad. Under
     ``create_graph=True`` with an ordinary upstream gradient its results are constants, so that a penalty on them would
-    be left out of the training in silence.
+    be left out of the training in silence. In ``torch.func.grad`` of another ``grad`` a tensor that requires grad does
+    so for one of the two, so there the gradients are made to depend on all tensors that the forward has saved.
     """
 
     @functools.wraps(backward)
@@ -26,18 +52,25 @@ def first_derivative_only(backward: Backward) -> Backward:
             outputs = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # it is enabled by create_graph=True
             return outputs
-        anchor = torch.empty((), requires_grad=True)
-        return tuple(_RaiseInBackward.apply(out, anchor) if isinstance(out, Tensor) else out for out in outputs)
+        saved = ctx.saved_tensors if transforms() else ()
+        anchors = (torch.empty((), requires_grad=True), *(t for t in (*grads, *saved) if t is not None))
+        return tuple(_RaiseInBackward.apply(out, *anchors) if isinstance(out, Tensor) else out for out in outputs)
 
     return checked
 
 
 class _RaiseInBackward(torch.autograd.Function):
-    """The tensor itself, which requires grad because the anchor does."""
+    """The tensor itself, which requires grad because one of the anchors does."""
+
+    generate_vmap_rule = True  # for torch.func.jacrev and is_grads_batched, which map the backward
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+    def forward(tensor: Tensor, *anchors: Tensor) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass  # torch.func asks for this method
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -29,7 +29,7 @@ def linear_flops(x: Any, weight: Any, bias: Any, target: Any, c: Any, needs: Seq
 
 
 def slices_backward_flops(
-    c: Any, x: Any, weight: Any, bias: Any, target: Any, lse: Any, needs: Sequence[bool], *_: Any, **__: Any
+    c: Any, x: Any, weight: Any, bias: Any, target: Any, statistics: Any, needs: Sequence[bool], *_: Any, **__: Any
 ) -> int:
     """``2 N V D`` for the logits, which are computed again, and as much for each of dx and dW."""
     need_dx, need_dw, _need_db = needs

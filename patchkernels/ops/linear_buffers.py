@@ -1,6 +1,11 @@
 """Shared by the three implementations of the fused linear loss: budgets, chunks, products, outputs, scales.
 
 They work on chunks of rows, on slices of the vocabulary, and on chunks of rows with a sharded vocabulary.
+
+Streams: all operators allocate, use and free their buffers on the current stream of the tensors' GPU, where Triton
+launches kernels too. Autograd runs a backward on the stream of its forward. A buffer is therefore given out again only
+for work that comes after its last use, and nothing here needs ``Tensor.record_stream``. Inputs that another stream
+writes are the caller's to wait for, as with every operator of PyTorch.
 """
 
 from __future__ import annotations
@@ -67,7 +72,8 @@ def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, summed in the dtype of ``total``.
 
-    On a GPU, 16-bit factors are multiplied as they are; elsewhere they are first cast to the dtype of ``total``.
+    On a GPU, 16-bit factors are multiplied as they are. This is what needs torch 2.10: older versions take a ``total``
+    of the factors' dtype alone. Elsewhere the factors are first cast to the dtype of ``total``.
     """
     if a.is_cuda and a.dtype == b.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
@@ -98,12 +104,13 @@ def new_outputs(
     )
 
 
-def power_of_two_scale(c: Tensor) -> tuple[Tensor, Tensor]:
-    """``(scale, c / scale)`` with ``1 <= max |c / scale| < 2``.
+def power_of_two_scale(c: Tensor) -> tuple[Tensor, Tensor]:  # c (N, K)
+    """``(scale, c / scale)`` with ``1 <= max_n sum_k |c_nk| / scale < 2``.
 
-    dlogits computed from ``c / scale`` are of order 1 and do not underflow in fp16, whatever N is. The scale is a power
-    of two, so that multiplying a rounded gradient by it is exact.
+    dlogits computed from ``c / scale`` are of order 1. They do not underflow in fp16, whatever N is, and overflow only
+    where the slope of the z-loss, ``2 z_loss_weight lse``, is beyond 32000. The scale is a power of two, so that
+    multiplying a rounded gradient by it is exact.
     """
-    largest = c.abs().amax() if c.numel() else c.sum()
+    largest = c.abs().sum(1).amax() if c.numel() else c.sum()
     scale = torch.where(largest != 0, largest.log2().floor().exp2(), 1)
     return scale, c / scale

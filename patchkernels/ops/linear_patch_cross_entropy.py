@@ -18,12 +18,12 @@ from torch import Tensor
 # Importing these two modules registers their operators.
 import patchkernels.ops.linear_row_chunks
 import patchkernels.ops.linear_vocab_shards  # noqa: F401
-from patchkernels.numerics import IGNORE_INDEX, LossOptions
+from patchkernels.numerics import IGNORE_INDEX, LossOptions, check_float_dtype
 from patchkernels.ops.backend import choose_backend
-from patchkernels.ops.derivatives import first_derivative_only
+from patchkernels.ops.derivatives import check_transforms, first_derivative_only, transforms
 from patchkernels.ops.linear_buffers import LOGITS_BYTES, LOGITS_BYTES_LOSS_ONLY, power_of_two_scale
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
-from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
+from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_losses, weigh_targets
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, vocab_shard
 
 MEMORIES = ("default", "low")
@@ -61,14 +61,16 @@ def linear_patch_cross_entropy(
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
         linear_bias: shape ``(V,)``, sharded as the head is.
         target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as in
-            :func:`patch_cross_entropy`.
+            :func:`patch_cross_entropy`. In float16, logits beyond 65504 overflow as those of ``F.linear`` do, and so
+            does the gradient of ``input`` where ``2 z_loss_weight lse`` is beyond 32000.
         memory: ``"default"``, or ``"low"``, which takes four matrix products: only a slice of the vocabulary has
             logits at a time, and the head's gradient has no copy in another dtype (in fp16 a slice of it has).
         logits_bytes: the memory that logits may take at a time. By default it is ``LOGITS_BYTES`` of the device if the
             forward computes gradients and ``LOGITS_BYTES_LOSS_ONLY`` if not; for ``memory="low"`` it is 1/128 of
             ``2 N V`` bytes, or 1 MiB if that is more.
         return_losses: returns ``(loss, losses)``, at no further cost. ``losses`` are those before weighting and
-            reduction, without gradient, in the shape of ``target``; 0 for ignored targets.
+            reduction, without gradient, in the shape of ``target``; 0 for ignored targets, as in
+            :func:`patch_cross_entropy`.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -77,9 +79,11 @@ def linear_patch_cross_entropy(
         is ``logits_bytes``, plus ``4 N D`` bytes if the input has 16 bits and needs a gradient.
 
     Raises:
-        ValueError, TypeError, RuntimeError, IndexError: as :func:`patch_cross_entropy`; also ValueError for a head or
-            bias whose shape, dtype, device or placements do not fit the input, and for an unknown ``memory``.
+        ValueError, TypeError, RuntimeError, NotImplementedError, IndexError: as :func:`patch_cross_entropy`; also
+            ValueError for a head or bias whose shape, dtype, device or placements do not fit the input, and for an
+            unknown ``memory``.
     """
+    check_transforms("linear_patch_cross_entropy", input, linear_weight, linear_bias)
     if linear_weight.ndim != 2 or input.ndim == 0 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"linear_weight must have shape (V, D) for an input of shape (..., D): got {tuple(linear_weight.shape)} "
@@ -93,14 +97,18 @@ def linear_patch_cross_entropy(
         bias, _ = vocab_shard(bias, "linear_bias", linear_weight, "linear_weight")
     vocab = shard.vocab if shard else len(weight)
     check_loss_arguments(x, target, vocab, options, "hidden states (..., D)")
+    check_float_dtype("linear_weight", weight)
+    if bias is not None:
+        check_float_dtype("linear_bias", bias)
     _check_settings(weight, bias, memory, logits_bytes, shard)
     x, weight, bias = _as_autocast(x, weight, bias)
     _check_dtypes_and_devices(x, weight, bias)
-    row_targets, c = weigh_targets(x, target, target_weight, ignore_index, reduction)
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     backend = choose_backend(backend, x)
-    rows = x.reshape(-1, x.shape[-1])
-    gradients_in_forward = memory == "default" and reduction != "none" and any(needs)
+    row_targets, c = weigh_targets(x, target, target_weight, ignore_index, reduction, return_losses)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    rows = x.reshape(row_targets.shape[0], x.shape[-1])  # -1 could not be resolved at D = 0
+    # Gradients that the forward computes do not depend on the input for autograd, and in transforms they should.
+    gradients_in_forward = memory == "default" and reduction != "none" and any(needs) and not transforms()
     budgets = LOGITS_BYTES if gradients_in_forward else LOGITS_BYTES_LOSS_ONLY
     call = _Call(needs, options, shard, logits_bytes or budgets.get(x.device.type, budgets["cuda"]), backend)
     if gradients_in_forward:
@@ -179,7 +187,7 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scale, scaled_c = power_of_two_scale(c)
         losses, *grads = call.losses_and_gradients(x, weight, bias, target, scaled_c)
-        return (losses * c).sum(), losses, scale, *grads
+        return weigh_losses(losses, c).sum(), losses, scale, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

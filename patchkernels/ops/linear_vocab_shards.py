@@ -3,7 +3,7 @@
 Every process r holds the same input and targets, and the head's rows of its own classes. For each chunk of rows of the
 input it computes
 
-    z_r = x W_r^T;   max over ranks;   sum over ranks of [sum exp(z - max), sum z, the targets' z];   z_r -> dz_r
+    z_r = x W_r^T;   max over ranks;   sum over ranks of [sum exp(z - max), sum (z - max), z of targets];   z_r -> dz_r
 
 ``dx = sum over ranks of dz_r W_r`` is reduced once for all rows, and ``dW_r = dz_r^T x`` needs no communication. The
 two reductions of a chunk of n rows carry ``(3 + K) n`` numbers, whatever V is. K targets need no more reductions than
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, row_losses
+from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, new_statistics, row_losses
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.flop_formulas import linear_flops, register_flops
 from patchkernels.ops.linear_buffers import add_product, chunk_rows, logits_chunks, new_outputs, without_autocast
@@ -58,11 +58,11 @@ def _losses_and_gradients(
     chunk = chunk_rows(len(x), largest_shard * x.element_size(), logits_bytes)
     buffer = cross_entropy.logits_buffer(min(chunk, len(x)), weight)
     for rows, z in logits_chunks(x, weight, bias, chunk, buffer):
-        lse, picked, mean = _statistics(z, target[rows], shard, options, cross_entropy)
-        losses[rows] = row_losses(lse, picked, mean, target[rows], vocab, options)
+        statistics, picked = _statistics(z, target[rows], shard, options, cross_entropy)
+        losses[rows] = row_losses(statistics, picked, target[rows], vocab, options)
         if c is None or not len(weight):
             continue
-        dz = cross_entropy.slice_gradient_(z, first, vocab, target[rows], c[rows], lse, options)
+        dz = cross_entropy.slice_gradient_(z, first, vocab, target[rows], c[rows], statistics[:2], options)
         if need_dx:
             torch.mm(dz, weight, out=dx[rows])
         if need_dw:
@@ -84,15 +84,16 @@ def _statistics(
     shard: VocabShard,
     options: LossOptions,
     cross_entropy: Any,  # the backend's module of this name
-) -> tuple[Tensor, Tensor, Tensor]:  # lse (n), the logits of the targets (n, K), the mean logit (n)
+) -> tuple[Tensor, Tensor]:  # (3, n) and the logits of the targets (n, K), as of :func:`numerics.new_statistics`
     """The statistics of rows over all shards. The logits stay unchanged."""
-    local = z.new_zeros(3, len(z), dtype=accumulation_dtype(z.dtype))
-    local[0] = -torch.inf
-    picked = z.new_zeros(target.shape, dtype=local.dtype)
-    if z.shape[1]:
+    local, picked = new_statistics(target, accumulation_dtype(z.dtype))
+    columns = z.shape[1]
+    if columns:
         cross_entropy.slice_statistics_(z, shard.first, target, local, picked, options, keep_logits=True)
-    largest = max_(local[0].clone(), shard.group)
-    shift = (local[0] - largest).nan_to_num(nan=-torch.inf)  # -inf - -inf is NaN
-    sums = torch.cat([(local[1] * shift.exp()).unsqueeze(1), local[2].unsqueeze(1), picked], 1)
+    local_largest, total, below = local
+    largest = max_(local_largest.clone(), shard.group)
+    # How far the maximum moves; by 0 where this shard's is -inf, whose sums are 0 or -inf, since -inf - -inf is NaN.
+    moved = (local_largest - largest).masked_fill_(local_largest == -torch.inf, 0)
+    sums = torch.cat([(total * moved.exp()).unsqueeze(1), (below + columns * moved).unsqueeze(1), picked], 1)
     sum_(sums, shard.group)
-    return largest + sums[:, 0].log(), sums[:, 2:], sums[:, 1] / shard.vocab
+    return torch.stack([largest, sums[:, 0], sums[:, 1]]), sums[:, 2:]

@@ -2,13 +2,13 @@
 
 The logits exist for a few classes of all rows at a time:
 
-    forward    z_s = x W_s^T;   updates max, sum exp, sum z and z[target] of each row        1 product
+    forward    z_s = x W_s^T;   updates max, sum exp(z - max) and z[target] of each row      1 product
     backward   z_s = x W_s^T;   dz_s in place;   dW_s = dz_s^T x;   dx += dz_s W_s           3 products
 
-Only the log-sum-exp of each row is kept from the forward for the backward. A slice of dW is one product, written in
-place in the dtype of dW, so that no fp32 dW exists (in fp16 one slice of it does, since its unscaled values may
-overflow); dx is summed in fp32. No gradient is left out, however small: the
-filter of Cut Cross Entropy (arXiv 2411.09009, section 4.3) is biased early in training.
+Only the max and the sum of exponentials of each row are kept from the forward for the backward. A slice of dW is one
+product, written in place in the dtype of dW, so that no fp32 dW exists (in fp16 one slice of it does, since its
+unscaled values may overflow); dx is summed in fp32. No gradient is left out, however small: the filter of Cut Cross
+Entropy (arXiv 2411.09009, section 4.3) is biased early in training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, row_losses
+from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, new_statistics, row_losses
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.derivatives import first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
@@ -55,7 +55,7 @@ def slice_columns(vocab: int, column_bytes: int, budget: int) -> int:
 
 
 class _VocabSliceLosses(torch.autograd.Function):
-    """``l (N, K)`` and ``lse (N)``; the backward computes the logits once more."""
+    """``l (N, K)`` and statistics ``(2, N)``; the backward computes the logits once more."""
 
     @staticmethod
     def forward(
@@ -69,15 +69,15 @@ class _VocabSliceLosses(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         op = torch.ops.patchkernels.linear_low_memory
-        losses, lse = op(x, weight, bias, target, slice_bytes, backend, *options)
-        return losses, lse
+        losses, statistics = op(x, weight, bias, target, slice_bytes, backend, *options)
+        return losses, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, target, ctx.needs, ctx.options, ctx.slice_bytes, ctx.backend = inputs
-        _, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(x, weight, bias, target, lse)
+        _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(x, weight, bias, target, statistics)
 
     @staticmethod
     @first_derivative_only
@@ -102,25 +102,20 @@ def _forward(
     slice_bytes: int,  # the budget for the logits of a slice
     backend: str,
     *loss_options: Any,
-) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
+) -> tuple[Tensor, Tensor]:  # l (N, K); max z and sum exp(z - max) (2, N)
     options, cross_entropy = LossOptions(*loss_options), implementation("cross_entropy", backend)
     cross_entropy.check_targets(target, len(weight), options.ignore_index)
-    dtype = accumulation_dtype(x.dtype)
     target = target.contiguous()
-    statistics = x.new_zeros(3, len(x), dtype=dtype)  # max z, sum exp(z - max), sum z
-    statistics[0] = -torch.inf
-    picked = x.new_zeros(target.shape, dtype=dtype)
+    statistics, picked = new_statistics(target, accumulation_dtype(x.dtype))
     for first, z in _slices(x, weight, bias, slice_bytes, options, cross_entropy):
         cross_entropy.slice_statistics_(z, first, target, statistics, picked, options, keep_logits=False)
-    largest, total, sum_z = statistics
-    lse = largest + total.log()
-    return row_losses(lse, picked, sum_z / len(weight), target, len(weight), options), lse
+    return row_losses(statistics, picked, target, len(weight), options), statistics[:2]
 
 
 @torch.library.custom_op(
     "patchkernels::linear_low_memory_backward",
     mutates_args=(),
-    schema="(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor lse, bool[] needs, "
+    schema="(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor statistics, bool[] needs, "
     f"SymInt slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 @without_autocast()
@@ -130,7 +125,7 @@ def _backward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V)
     target: Tensor,  # (N, K)
-    lse: Tensor,  # (N)
+    statistics: Tensor,  # (2, N): max z, sum exp(z - max)
     needs: list[bool],  # gradients of x, weight, bias
     slice_bytes: int,  # the budget for the logits of a slice
     backend: str,
@@ -145,7 +140,7 @@ def _backward(
     sum_dx = x.new_zeros(dx.shape, dtype=dtype)
     for first, z in _slices(x, weight, bias, slice_bytes, options, cross_entropy):
         classes = slice(first, first + z.shape[1])
-        dz = cross_entropy.slice_gradient_(z, first, vocab, target, c, lse, options)
+        dz = cross_entropy.slice_gradient_(z, first, vocab, target, c, statistics, options)
         if need_dx:
             add_product(sum_dx, dz, weight[classes])
         if need_dw:
@@ -199,12 +194,12 @@ def _new_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor
 @_forward.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
-    return x.new_empty(target.shape, dtype=dtype), x.new_empty(target.shape[:1], dtype=dtype)
+    return x.new_empty(target.shape, dtype=dtype), x.new_empty((2, target.shape[0]), dtype=dtype)
 
 
 @_backward.register_fake
 def _(
-    c: Tensor, x: Tensor, weight: Tensor, bias: Any, target: Tensor, lse: Tensor, needs: list[bool], *_: Any
+    c: Tensor, x: Tensor, weight: Tensor, bias: Any, target: Tensor, statistics: Tensor, needs: list[bool], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _new_gradients(x, weight, needs)
 

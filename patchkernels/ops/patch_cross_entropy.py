@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import first_derivative_only
+from patchkernels.ops.derivatives import check_transforms, first_derivative_only
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
 
 
@@ -38,21 +38,24 @@ def patch_cross_entropy(
     At K = 1 this is ``F.cross_entropy`` (PatchTrain, arXiv 2407.12665, section 2; TST, arXiv 2605.06546).
 
     Args:
-        input: logits, shape ``(..., V)``; float32, bfloat16, float16 (float64 too in the eager backend). Never
-            overwritten. Statistics are taken in fp32.
+        input: logits, shape ``(..., V)`` with V at least 1; float32, bfloat16, float16 (float64 too in the eager
+            backend). Never overwritten. Statistics are taken in fp32.
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1; int32 or int64.
-        target_weight: shape ``(K,)`` or that of ``target``; a constant (no gradient).
-        ignore_index: targets of this value have weight 0.
+        target_weight: shape ``(K,)`` or that of ``target``; a constant (no gradient). It may be negative. A target of
+            weight 0 adds nothing to the loss or the gradient, even if its logits are NaN.
+        ignore_index: targets of this value have weight 0; a number of the dtype of ``target``.
         reduction: ``"mean"``: ``sum w l / sum w`` over all valid targets; ``"slot_mean"`` (both papers): for each
             slot k the mean over the rows whose k-th target is valid, then the mean over slots, weighted by a ``(K,)``
             ``target_weight``, without slots that have no valid target; ``"sum"``; ``"none"``: weighted, in the shape of
             ``target``. If every target is ignored, both means are 0 with zero gradients (``F.cross_entropy`` gives
-            NaN).
-        label_smoothing: ``e`` in ``l = (1-e) (lse - z_t) + e (lse - mean_v z_v)``.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` first.
-        z_loss_weight: adds ``z_loss_weight * lse^2`` to each ``l``.
+            NaN), and likewise if every weight is 0. Weights that sum to 0 without being 0 have no mean: the loss is
+            infinite or NaN, as in ``F.cross_entropy``.
+        label_smoothing: in [0, 1]; ``e`` in ``l = (1-e) (lse - z_t) + e (lse - mean_v z_v)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` first; from 1e-30 to 1e30.
+        z_loss_weight: adds ``z_loss_weight * lse^2`` to each ``l``; finite, at least 0.
         return_losses: returns ``(loss, losses)``. ``losses`` are the ``l`` before weighting and reduction, without
-            gradient, in the shape of ``target``; 0 for ignored targets.
+            gradient, in the shape of ``target``; 0 for ignored targets. Targets of weight 0 have theirs too, for which
+            rows are read that are skipped otherwise.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -61,33 +64,36 @@ def patch_cross_entropy(
     Raises:
         ValueError: shapes or devices that do not fit, an unknown reduction, an option out of its range.
         TypeError: dtypes other than those above.
-        RuntimeError: a backend that cannot run.
+        RuntimeError: a backend that cannot run (Triton's does not take float64); a gradient of a gradient.
+        NotImplementedError: a call under ``torch.func.vmap`` or with forward-mode tangents (``jvp``, ``jacfwd``).
         IndexError: a target outside [0, V) that is not ``ignore_index``, on a CPU. On a GPU, where raising would
             cost a synchronisation, that target's loss is NaN and no memory out of bounds is read.
     """
+    check_transforms("patch_cross_entropy", input)
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
     check_loss_arguments(input, target, input.shape[-1] if input.ndim else 0, options, "logits (..., V)")
     logits = input.reshape(-1, input.shape[-1])
-    row_targets, c = weigh_targets(input, target, target_weight, ignore_index, reduction)
-    losses, _ = _PatchCrossEntropy.apply(logits, row_targets, options, choose_backend(backend, input))
+    backend = choose_backend(backend, input)
+    row_targets, c = weigh_targets(input, target, target_weight, ignore_index, reduction, return_losses)
+    losses, _ = _PatchCrossEntropy.apply(logits, row_targets, options, backend)
     loss = reduce_losses(losses, c, target.shape, reduction)
     return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
 class _PatchCrossEntropy(torch.autograd.Function):
-    """Maps rows of logits and targets to ``l (N, K)`` and ``lse (N)``; the backward reads the logits once more."""
+    """Maps logits and targets to ``l (N, K)`` and statistics ``(2, N)``; the backward reads the logits once more."""
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, options: LossOptions, backend: str) -> tuple[Tensor, Tensor]:
-        losses, lse = torch.ops.patchkernels.patch_cross_entropy(logits, target, backend, *options)
-        return losses, lse
+        losses, statistics = torch.ops.patchkernels.patch_cross_entropy(logits, target, backend, *options)
+        return losses, statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, LossOptions, str], output: tuple[Tensor, Tensor]) -> None:
         logits, target, ctx.options, ctx.backend = inputs
-        _, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(logits, target, lse)
+        _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(logits, target, statistics)
 
     @staticmethod
     @first_derivative_only
@@ -106,35 +112,35 @@ def _forward(
     target: Tensor,  # (N, K)
     backend: str,
     *loss_options: Any,
-) -> tuple[Tensor, Tensor]:  # l (N, K), lse (N)
+) -> tuple[Tensor, Tensor]:  # l (N, K); max z and sum exp(z - max) (2, N)
     options, cross_entropy = LossOptions(*loss_options), implementation("cross_entropy", backend)
     cross_entropy.check_targets(target, logits.shape[1], options.ignore_index)
-    losses, lse = cross_entropy.loss(logits, target, options)
-    return losses, lse
+    losses, statistics = cross_entropy.loss(logits, target, options)
+    return losses, statistics
 
 
 @torch.library.custom_op(
     "patchkernels::patch_cross_entropy_backward",
     mutates_args=(),
-    schema=f"(Tensor c, Tensor logits, Tensor target, Tensor lse, str backend, {LOSS_OPTIONS}) -> Tensor",
+    schema=f"(Tensor c, Tensor logits, Tensor target, Tensor statistics, str backend, {LOSS_OPTIONS}) -> Tensor",
 )
 def _backward(
     c: Tensor,  # (N, K), dL/dl
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
-    lse: Tensor,  # (N)
+    statistics: Tensor,  # (2, N): max z, sum exp(z - max)
     backend: str,
     *loss_options: Any,
 ) -> Tensor:  # (N, V)
     cross_entropy = implementation("cross_entropy", backend)
-    dlogits: Tensor = cross_entropy.logits_gradient(c, logits, target, lse, LossOptions(*loss_options))
+    dlogits: Tensor = cross_entropy.logits_gradient(c, logits, target, statistics, LossOptions(*loss_options))
     return dlogits
 
 
 @_forward.register_fake
 def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(logits.dtype)
-    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty(target.shape[:1], dtype=dtype)
+    return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((2, target.shape[0]), dtype=dtype)
 
 
 @_backward.register_fake

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import accumulation_dtype, check_ids, check_patch_size, inverse_counts
+from patchkernels.numerics import (
+    accumulation_dtype,
+    check_class_dtype,
+    check_float_dtype,
+    check_ids,
+    check_patch_size,
+    inverse_counts,
+)
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import first_derivative_only
+from patchkernels.ops.derivatives import check_transforms, first_derivative_only
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -50,11 +57,13 @@ def patch_embedding(
     Raises:
         ValueError: K < 1, T not divisible by K, ``weight`` not 2-D or sharded otherwise than by rows, ``padding_idx``
             outside the table, ids and weight on different devices, or only one of them a DTensor.
-        TypeError: ids that are not integers, a weight that is not floating point.
-        RuntimeError: a backend that cannot run.
+        TypeError: dtypes other than those above.
+        RuntimeError: a backend that cannot run (Triton's does not take float64); a gradient of a gradient.
+        NotImplementedError: a call under ``torch.func.vmap`` or with forward-mode tangents (``jvp``, ``jacfwd``).
         IndexError: an id outside [0, V), on a CPU. On a GPU, where raising would cost a synchronisation, the
             patch of such an id is NaN and no memory outside ``weight`` is read.
     """
+    check_transforms("patch_embedding", weight)
     _check_arguments(input_ids, weight, patch_size)
     ids = replicated(input_ids, "input_ids")
     weight, shard = vocab_shard(weight, "weight", input_ids, "input_ids")
@@ -83,10 +92,8 @@ def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None
         raise ValueError(f"weight must have shape (V, D), got {tuple(weight.shape)}")
     if input_ids.ndim == 0:
         raise ValueError("input_ids must have shape (..., T), got a scalar")
-    if input_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids must be int32 or int64, got {input_ids.dtype}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}")
+    check_class_dtype("input_ids", input_ids)
+    check_float_dtype("weight", weight)
     if input_ids.device != weight.device:
         raise ValueError(f"input_ids is on {input_ids.device} but weight is on {weight.device}")
 
@@ -134,7 +141,8 @@ class _ShardedPatchEmbedding(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
-        ids, grad = ids.reshape(-1, ids.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        ids = ids.reshape(-1, ids.shape[-1])
+        grad = grad.reshape(len(ids), grad.shape[-1])
         inside = _inside_shard(ids, ctx.rows, ctx.shard.first, ctx.padding_idx)
         # Tokens of other shards become padding: they get the id of an extra row. The operator divides by the number of
         # tokens that are not padding; the scale turns this into the number over the whole vocabulary.
@@ -169,7 +177,8 @@ def _backward(
     padding_idx: int | None,
     backend: str,
 ) -> Tensor:  # (V, D)
-    grad, ids = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1, ids.shape[-1])
+    ids = ids.reshape(-1, ids.shape[-1])
+    grad = grad.reshape(len(ids), grad.shape[-1])  # -1 could not be resolved at D = 0
     total: Tensor = implementation("patch_embedding", backend).backward(grad, ids, vocab, padding_idx)
     return total
 

@@ -11,7 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkernels.numerics import IGNORE_INDEX, LossOptions, accumulation_dtype, check_patch_size
+from patchkernels.numerics import (
+    IGNORE_INDEX,
+    LossOptions,
+    accumulation_dtype,
+    check_class_dtype,
+    check_float_dtype,
+    check_loss_options,
+    check_patch_size,
+)
 
 REDUCTIONS = ("mean", "slot_mean", "sum", "none")
 
@@ -30,7 +38,8 @@ def next_patch_targets(
     training, in the shape ``(..., T, 1)``.
 
     Args:
-        labels: unshifted labels, shape ``(..., T)`` with T divisible by ``patch_size``.
+        labels: unshifted labels, shape ``(..., T)`` with T divisible by ``patch_size``; int32 or int64. Tokens that
+            are stored as uint8 or uint16 must be converted first, since -100 is no number of these types.
         patch_size: K, at least 1.
         ignore_index: the label of a position without a target.
         process_group: the processes over which a sequence is split (context parallel), in the order of ranks and at
@@ -42,7 +51,9 @@ def next_patch_targets(
         shape ``(..., T / K, K)``, the dtype of ``labels``.
 
     Raises:
-        ValueError: K < 1, T not divisible by K, or a process without a patch.
+        ValueError: K < 1, T not divisible by K, an ``ignore_index`` beyond the dtype of ``labels``, or a process
+            without a patch.
+        TypeError: labels that are not int32 or int64.
     """
     check_patch_size(patch_size)
     if labels.ndim == 0 or labels.shape[-1] % patch_size:
@@ -50,6 +61,7 @@ def next_patch_targets(
             f"labels must have shape (..., T) with T divisible by patch_size, got {tuple(labels.shape)} "
             f"and patch_size={patch_size}"
         )
+    check_class_dtype("labels", labels, ignore_index)
     patches = labels.unflatten(-1, (labels.shape[-1] // patch_size, patch_size))
     last = torch.full_like(patches[..., :1, :], ignore_index)
     if process_group is not None:
@@ -72,12 +84,10 @@ def mask_document_starts(
 
 def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: LossOptions, kind: str) -> None:
     """Raises ValueError or TypeError for bad arguments of a loss; ``kind`` describes the input in the message."""
-    if not input.is_floating_point():
-        raise TypeError(f"input must be floating point, got {input.dtype}")
+    check_float_dtype("input", input)
     if input.ndim == 0 or vocab == 0:
         raise ValueError(f"input must be {kind} with at least one class, got shape {tuple(input.shape)}")
-    if target.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target must be class indices, int32 or int64, got {target.dtype}")
+    check_class_dtype("target", target, options.ignore_index)
     if target.shape[: input.ndim - 1] != input.shape[:-1] or target.ndim not in (input.ndim - 1, input.ndim):
         raise ValueError(
             f"target must have shape (..., K) or (...) for an input of {kind}: got target {tuple(target.shape)} "
@@ -87,12 +97,7 @@ def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: Los
         raise ValueError(f"target must hold at least one label per row, got shape {tuple(target.shape)}")
     if target.device != input.device:
         raise ValueError(f"target is on {target.device} but input is on {input.device}")
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing}")
-    if options.softcap is not None and not options.softcap > 0:
-        raise ValueError(f"softcap must be positive, got {options.softcap}")
-    if not options.z_loss_weight >= 0:
-        raise ValueError(f"z_loss_weight must not be negative, got {options.z_loss_weight}")
+    check_loss_options(options)
 
 
 def weigh_targets(
@@ -101,13 +106,15 @@ def weigh_targets(
     target_weight: Tensor | None,  # (K) or the shape of target
     ignore_index: int,
     reduction: str,
+    return_losses: bool,
 ) -> tuple[Tensor, Tensor]:  # target (N, K), c (N, K)
-    """The targets as rows, with those of weight 0 ignored, and the matrix ``c`` with ``loss = sum c l``.
+    """The targets as rows and the matrix ``c``: ``loss = sum c l``, or ``c * l`` for ``reduction="none"``.
 
-    For ``reduction="none"`` the loss is ``c * l``.
+    Targets of weight 0 are ignored, so that no logits are read for them alone, unless their losses are returned.
 
     Raises:
         ValueError: an unknown reduction, or a ``target_weight`` that does not fit.
+        TypeError: a complex ``target_weight``.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -124,7 +131,8 @@ def weigh_targets(
             weight = weight * slot_weight
         else:
             weight = weight * target_weight.reshape(-1, slots).to(dtype)
-    row_targets = torch.where(weight != 0, row_targets, ignore_index)
+    if not return_losses:
+        row_targets = torch.where(weight != 0, row_targets, ignore_index)
     if reduction == "mean":
         weight = _divide(weight, weight.sum())
     elif reduction == "slot_mean":
@@ -135,6 +143,8 @@ def weigh_targets(
 
 
 def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, reduction: str) -> None:
+    if target_weight.is_complex():
+        raise TypeError(f"target_weight must be real, got {target_weight.dtype}")
     if target_weight.requires_grad:
         raise ValueError("target_weight is a constant of the loss; got a tensor that requires grad")
     if target_weight.device != target.device:
@@ -151,8 +161,8 @@ def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, redu
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, 0 where the denominator is 0."""
-    return torch.where(denominator != 0, numerator / torch.where(denominator != 0, denominator, 1), 0)
+    """The quotient, 0 where the numerator is 0. Weights that sum to 0 without being 0 give infinities, as in torch."""
+    return torch.where(numerator != 0, numerator / denominator, 0)
 
 
 def reduce_losses(
@@ -161,9 +171,14 @@ def reduce_losses(
     shape: torch.Size,
     reduction: str,
 ) -> Tensor:
-    """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets.
-
-    The losses of ignored targets must be 0: a NaN would remain NaN when it is multiplied by its weight of 0.
-    """
-    weighted = losses * c
+    """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets."""
+    weighted = weigh_losses(losses, c)
     return weighted.reshape(shape) if reduction == "none" else weighted.sum()
+
+
+def weigh_losses(
+    losses: Tensor,  # (N, K)
+    c: Tensor,  # (N, K)
+) -> Tensor:  # (N, K)
+    """``c * l``, and 0 where ``c`` is 0, also for a loss that is NaN."""
+    return torch.where(c != 0, losses * c, 0)

@@ -7,6 +7,8 @@ bits.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import triton_on_cpu
@@ -15,12 +17,11 @@ if not triton_on_cpu.ARCHITECTURE:
     pytest.skip("kernels are compiled only with PTX_MACHINE set", allow_module_level=True)
 
 import triton
-from ptx_machine import Options
 from ptx_machine.machine import ORDERS
 
 from patchkernels import patch_cross_entropy
 from patchkernels.kernels import cross_entropy, patch_embedding
-from patchkernels.numerics import LossOptions
+from patchkernels.numerics import LossOptions, new_statistics
 
 ROWS, SLOTS = 3, 4
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,7 +34,7 @@ def in_every_order(function) -> list[torch.Tensor]:
     suite, results = driver.options, []
     try:
         for order in ORDERS:
-            driver.options = Options(order=order, seed=1)
+            driver.options = dataclasses.replace(suite, order=order, seed=1)
             results.append(function())
     finally:
         driver.options = suite
@@ -55,10 +56,10 @@ def test_cross_entropy_in_place_is_what_it_is_apart(vocab, options, dtype):
     logits, target, c = logits_and_targets(vocab, dtype)
 
     def apart():
-        losses, lse = cross_entropy.loss(logits, target, options)
-        return losses, lse, cross_entropy.logits_gradient(c, logits, target, lse, options)
+        losses, statistics = cross_entropy.loss(logits, target, options)
+        return losses, statistics, cross_entropy.logits_gradient(c, logits, target, statistics, options)
 
-    losses, lse, gradient = in_every_order(apart)
+    losses, statistics, gradient = in_every_order(apart)
 
     def in_place():
         buffer, filled = logits.clone(), torch.empty(ROWS, SLOTS)
@@ -70,7 +71,7 @@ def test_cross_entropy_in_place_is_what_it_is_apart(vocab, options, dtype):
     torch.testing.assert_close(overwritten, gradient, **tolerance)
 
     def slice_in_place():
-        return [cross_entropy.slice_gradient_(logits.clone(), 0, vocab, target, c, lse, options)]
+        return [cross_entropy.slice_gradient_(logits.clone(), 0, vocab, target, c, statistics, options)]
 
     torch.testing.assert_close(in_every_order(slice_in_place)[0], gradient, **tolerance)
 
@@ -80,8 +81,7 @@ def test_statistics_of_slices(vocab):
     logits, target, _ = logits_and_targets(vocab, torch.bfloat16)
 
     def run():
-        statistics, picked = torch.zeros(3, ROWS), torch.zeros(ROWS, SLOTS)
-        statistics[0] = -torch.inf
+        statistics, picked = new_statistics(target, torch.float32)
         cross_entropy.slice_statistics_(logits, 0, target, statistics, picked, OPTIONS[1], keep_logits=True)
         return statistics, picked
 

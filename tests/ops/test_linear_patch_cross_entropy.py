@@ -13,6 +13,7 @@ from patchkernels.ops.targets import REDUCTIONS
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
+INFINITY, NAN = float("inf"), float("nan")
 X, W, T = torch.randn(4, 6), torch.randn(30, 6), torch.zeros(4, 2, dtype=torch.long)
 
 
@@ -120,15 +121,46 @@ def test_odd_vocabulary_and_single_rows(form, rows, vocab):
         ({"reduction": "avg"}, ValueError, "'avg'"),
         ({"label_smoothing": 1.5}, ValueError, "1.5"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
+        ({"softcap": INFINITY}, ValueError, "got inf; .* 1e-30 to 1e[+]30"),
+        ({"softcap": NAN}, ValueError, "softcap must be positive, got nan"),
+        ({"softcap": 1e39}, ValueError, "softcap must be positive, got 1e[+]39"),
+        ({"softcap": 1e-39}, ValueError, "softcap must be positive, got 1e-39"),
         ({"z_loss_weight": -1.0}, ValueError, "-1.0"),
+        ({"z_loss_weight": INFINITY}, ValueError, "must be finite, got inf"),
+        ({"z_loss_weight": NAN}, ValueError, "must be finite, got nan"),
+        ({"label_smoothing": NAN}, ValueError, "label_smoothing .* got nan"),
+        ({"input": X.to(torch.float8_e4m3fn)}, TypeError, "input must be floating point.*got torch.float8_e4m3fn"),
+        ({"input": X.cfloat()}, TypeError, "got torch.complex64"),
+        ({"linear_weight": W.to(torch.float8_e5m2)}, TypeError, "linear_weight must be .*got torch.float8_e5m2"),
+        ({"linear_bias": torch.zeros(30, dtype=torch.int64)}, TypeError, "linear_bias must be .*got torch.int64"),
+        ({"target_weight": torch.ones(2, dtype=torch.cfloat)}, TypeError, "target_weight must be real"),
+        ({"ignore_index": 2**63}, ValueError, f"ignore_index must be .*torch.int64, got {2**63}"),
+        ({"target": T.int(), "ignore_index": 2**31}, ValueError, f"ignore_index must be .*torch.int32, got {2**31}"),
         ({"logits_bytes": 0}, ValueError, "got 0"),
         ({"memory": "none"}, ValueError, "'none'"),
         ({"backend": "cuda"}, ValueError, "'cuda'"),
     ],
 )
 def test_bad_input(changes, error, message):
-    with pytest.raises(error, match=message):
-        linear_patch_cross_entropy(**{"input": X, "linear_weight": W, "target": T, **changes})
+    arguments = {"input": X, "linear_weight": W, "target": T, **changes}
+    for backend in ("eager", "triton") if "backend" not in changes else (changes["backend"],):
+        with pytest.raises(error, match=message):
+            linear_patch_cross_entropy(**{**arguments, "backend": backend})
+    if not {"linear_weight", "linear_bias", "logits_bytes", "memory"} & set(changes) and arguments["input"].ndim:
+        del arguments["linear_weight"]
+        with pytest.raises(error, match=message):
+            patch_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_hidden_states_without_columns_give_equal_logits(backend, memory, reduction):
+    x, weight = normal(4, 0).requires_grad_(), normal(30, 0).requires_grad_()
+    loss = linear_patch_cross_entropy(x, weight, T.to(DEVICE), memory=memory, backend=backend, reduction=reduction)
+    factor = 8 if reduction == "sum" else 1
+    torch.testing.assert_close(loss, torch.full_like(loss, 30.0).log() * factor)
+    assert [g.shape for g in torch.autograd.grad(loss.sum(), (x, weight))] == [(4, 0), (30, 0)]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "slot_mean", "sum", "none"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loss_forms import BACKENDS, FORMS, loss_forms, normal, targets
-from oracle import DEVICE, compare
+from oracle import DEVICE, compare, outputs_and_gradients, relative_error
 
 from patchkernels import linear_patch_cross_entropy, patch_cross_entropy, reference
 from patchkernels.ops.targets import REDUCTIONS
@@ -50,6 +51,43 @@ def test_callers_tensors_are_never_overwritten_and_a_second_backward_is_the_firs
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert upstream == 3
     assert all(torch.equal(a, b) for a, b in zip(before, (*leaves, target, weight), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+def test_a_constant_added_to_all_logits_of_a_row_costs_no_digits(form, backend, options, offset):
+    """log-sum-exp rounded near 1e6 would be off by 0.03. All logits are fp32 numbers, so that no product rounds."""
+    x, weight = torch.randint(-2, 3, (7, 6)).to(DEVICE, torch.float32), torch.randint(-8, 9, (301, 6)).to(DEVICE) / 8
+    bias, target = offset + torch.randint(-8, 9, (301,)).to(DEVICE) / 8, targets(7, 3, 301)
+    function, _, _ = loss_forms(backend)[form]
+    rows, classes = (target != -100).nonzero(as_tuple=True)[0], target[target != -100]
+    plain = lambda z: F.cross_entropy(z[rows], classes, **options)  # noqa: E731
+    ours = lambda *leaves: function(*leaves, target=target, **options)  # noqa: E731
+    if form == "logits":
+        compare(ours, plain, F.linear(x, weight, bias))
+    else:
+        compare(ours, lambda *leaves: plain(F.linear(*leaves)), x, weight, bias)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 100.0}, {"z_loss_weight": 1e-5}])
+def test_fp16_logits_of_ten_thousands(form, options):
+    target, leaves = targets(6, 2, 64), [60 * normal(6, 4).half(), 60 * normal(64, 4).half()]
+    function, definition, _ = loss_forms("triton")[form]
+    if form == "logits":
+        leaves = [leaves[0] @ leaves[1].T]
+    else:
+        leaves.append(torch.zeros(64, dtype=torch.float16, device=DEVICE))
+    exact = [t.double() for t in leaves]
+    assert 1e4 < F.linear(*exact).abs().max() < 65504 if form != "logits" else exact[0].abs().max() > 1e4
+    for value, expected in zip(
+        outputs_and_gradients(lambda *t: function(*t, target=target, **options), *leaves),
+        outputs_and_gradients(lambda *t: definition(*t, target=target, **options), *exact),
+        strict=True,
+    ):
+        assert relative_error(value, expected) < 0.02  # the logits themselves are rounded to 11 bits
 
 
 @pytest.mark.parametrize("form", FORMS)

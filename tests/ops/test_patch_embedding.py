@@ -182,6 +182,14 @@ def test_id_outside_the_table_gives_nan_in_the_kernel_and_reads_nothing(bad):
         ),
         (
             torch.zeros(4).long(),
+            torch.randn(3, 4).to(torch.float8_e4m3fn),
+            {"patch_size": 2},
+            TypeError,
+            "weight must be floating point.*got torch.float8_e4m3fn",
+        ),
+        (torch.zeros(4, dtype=torch.uint8), torch.randn(3, 4), {"patch_size": 2}, TypeError, "torch.uint8"),
+        (
+            torch.zeros(4).long(),
             torch.randn(3, 4),
             {"patch_size": 2, "padding_idx": 3},
             ValueError,
@@ -200,3 +208,14 @@ def test_id_outside_the_table_gives_nan_in_the_kernel_and_reads_nothing(bad):
 def test_bad_input(ids, weight, options, error, message):
     with pytest.raises(error, match=message):
         patch_embedding(ids, weight, **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(("shape", "vocab", "hidden"), [((3, 4), 5, 0), ((3, 0), 5, 6), ((0, 4), 5, 6), ((3, 0), 0, 6)])
+def test_empty_tensors(backend, patch_size, shape, vocab, hidden):
+    weight = torch.randn(vocab, hidden, device=DEVICE, requires_grad=True)
+    out = patch_embedding(torch.zeros(shape, dtype=torch.long, device=DEVICE), weight, patch_size, backend=backend)
+    assert out.shape == (shape[0], shape[1] // patch_size, hidden)
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    assert gradient.shape == weight.shape and not gradient.any()

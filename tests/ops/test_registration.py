@@ -45,15 +45,16 @@ def test_opcheck(backend, dtype):
     ids = torch.randint(0, 30, (3, K), device=DEVICE)
     weight, x = torch.randn(30, 8, device=DEVICE, dtype=dtype), torch.randn(3, 8, device=DEVICE, dtype=dtype)
     logits, c = x @ weight.T, torch.rand(3, K, device=DEVICE)
-    lse = logits.float().logsumexp(-1)
+    largest = logits.float().amax(-1)
+    statistics = torch.stack([largest, (logits.float() - largest[:, None]).exp().sum(-1)])
     options = (-100, 0.1, 2.0, 0.01)
     cases = [
         (ops.patch_embedding, (ids, weight, None, backend)),
         (ops.patch_embedding, (ids.T[:K, :3].T, weight.T.contiguous().T, 3, backend)),
         (ops.patch_embedding_backward, (x, ids, 30, 3, backend)),
         (ops.patch_cross_entropy, (logits, ids, backend, *options)),
-        (ops.patch_cross_entropy_backward, (c, logits, ids, lse, backend, *options)),
-        (ops.patch_cross_entropy_backward, (c, logits.T.contiguous().T, ids, lse, backend, *options)),
+        (ops.patch_cross_entropy_backward, (c, logits, ids, statistics, backend, *options)),
+        (ops.patch_cross_entropy_backward, (c, logits.T.contiguous().T, ids, statistics, backend, *options)),
         (ops.linear_patch_cross_entropy, (x, weight, None, ids, None, [False] * 3, 200, backend, *options)),
         (
             ops.linear_patch_cross_entropy,
@@ -65,8 +66,14 @@ def test_opcheck(backend, dtype):
         ),
         (ops.linear_low_memory, (x, weight, None, ids, 200, backend, *options)),
         (ops.linear_low_memory, (x, weight, weight[:, 0], ids, 10**6, backend, *options)),
-        (ops.linear_low_memory_backward, (c, x, weight, weight[:, 0], ids, lse, [True] * 3, 200, backend, *options)),
-        (ops.linear_low_memory_backward, (c, x, weight, None, ids, lse, [False, True, False], 200, backend, *options)),
+        (
+            ops.linear_low_memory_backward,
+            (c, x, weight, weight[:, 0], ids, statistics, [True] * 3, 200, backend, *options),
+        ),
+        (
+            ops.linear_low_memory_backward,
+            (c, x, weight, None, ids, statistics, [False, True, False], 200, backend, *options),
+        ),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)
@@ -191,6 +198,47 @@ def test_a_penalty_on_gradients_raises_though_the_upstream_gradient_is_a_constan
     torch.testing.assert_close(gradient.detach(), torch.autograd.grad(functions[operator]()[1].sum(), leaf)[0])
     with pytest.raises(RuntimeError, match="gradients of gradients are not defined"):
         (gradient**2).sum().backward()
+
+
+@pytest.mark.parametrize("operator", ["embedding", "logits", "linear", "none", "low memory"])
+def test_transforms_work_or_say_what_does(tensors, operator):
+    """Of torch.func: grad, vjp and jacrev work; second derivatives, vmap and forward mode raise before any work."""
+    ids, embedding, head = (t.detach() for t in tensors)
+    x, target = torch.randn(4, 8, device=DEVICE), ids[:, :K].reshape(-1, 2)
+    loss, leaf, definition = {
+        "embedding": (lambda w: (patch_embedding(ids, w, K) ** 2).sum(), embedding, "patch_embedding"),
+        "logits": (lambda z: patch_cross_entropy(z, target % 8), x, "patch_cross_entropy"),
+        "linear": (lambda x: linear_patch_cross_entropy(x, head, target), x, "linear_patch_cross_entropy"),
+        "none": (
+            lambda x: linear_patch_cross_entropy(x, head, target, reduction="none").sum(),
+            x,
+            "linear_patch_cross_entropy",
+        ),
+        "low memory": (
+            lambda x: linear_patch_cross_entropy(x, head, target, memory="low"),
+            x,
+            "linear_patch_cross_entropy",
+        ),
+    }[operator]
+    (expected,) = torch.autograd.grad(loss(variable := leaf.clone().requires_grad_()), variable)
+    for gradient in (
+        torch.func.grad(loss)(leaf),
+        torch.func.vjp(loss, leaf)[1](torch.ones((), device=DEVICE))[0],
+        torch.func.jacrev(loss)(leaf),
+    ):
+        torch.testing.assert_close(gradient, expected)
+    with pytest.raises(RuntimeError, match="gradients of gradients are not defined"):
+        torch.func.grad(lambda x: (torch.func.grad(loss)(x) ** 2).sum())(leaf)
+    for function, kind in (
+        (lambda: torch.func.vmap(loss)(leaf[None]), "vmap"),
+        (lambda: torch.func.vmap(torch.func.grad(loss))(leaf[None]), "vmap"),
+        (lambda: torch.func.jacfwd(loss)(leaf), "vmap"),
+        (lambda: torch.func.jvp(loss, (leaf,), (leaf,)), "forward-mode"),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=f"^{definition} was called under .*{kind}.*reference.{definition}"
+        ):
+            function()
 
 
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_forms import BACKENDS, FORMS, check, normal, targets
-from oracle import DEVICE
+from loss_forms import BACKENDS, FORMS, check, loss_forms, normal, targets
+from oracle import DEVICE, outputs_and_gradients
 
 from patchkernels import next_patch_targets, patch_cross_entropy
 from patchkernels.ops.targets import REDUCTIONS, mask_document_starts
@@ -28,6 +28,62 @@ def test_target_weight(form, backend, reduction, per_row):
             check(form, backend, 6, 50, torch.float32, target, reduction=reduction, target_weight=weight)
     else:
         check(form, backend, 6, 50, torch.float32, target, reduction=reduction, target_weight=weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_losses_of_weight_zero_are_returned_and_change_nothing(form, backend, reduction):
+    function, definition, inputs = loss_forms(backend)[form]
+    target, leaves = targets(6, 3, 50), inputs(6, 50, torch.float32)
+    weight = torch.tensor([0.0, -0.5, 2.0], device=DEVICE)
+    if reduction != "slot_mean":
+        weight = weight.repeat(6, 1)
+        weight[1] = 0  # a row that is not read if its losses are not returned
+    options = {"target": target, "target_weight": weight, "reduction": reduction}
+    check(form, backend, 6, 50, torch.float32, **options)
+    expected = outputs_and_gradients(lambda *t: function(*t, **options), *leaves)
+    found = outputs_and_gradients(lambda *t: function(*t, **options, return_losses=True)[0], *leaves)
+    torch.testing.assert_close(found, expected)
+    losses = function(*leaves, **options, return_losses=True)[1]
+    unweighted = definition(*(t.double() for t in leaves), target=target, reduction="none")
+    torch.testing.assert_close(losses.double(), unweighted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1, "z_loss_weight": 0.01}])
+@pytest.mark.parametrize("return_losses", [False, True])
+def test_nan_logits_of_a_row_without_weight_change_nothing(backend, options, return_losses):
+    logits, target = normal(4, 200), targets(4, 3, 200, ignored=0.0)
+    weight = torch.ones(4, 3, device=DEVICE)
+    weight[1] = 0
+
+    def loss_and_gradient(z):
+        leaf = z.clone().requires_grad_()
+        out = patch_cross_entropy(
+            leaf, target, target_weight=weight, return_losses=return_losses, backend=backend, **options
+        )
+        loss = out[0] if return_losses else out
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    expected = loss_and_gradient(logits)
+    logits[1] = torch.nan
+    found = loss_and_gradient(logits)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not found[1][1].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", ["mean", "slot_mean"])
+def test_a_mean_by_weights_that_sum_to_zero(form, reduction):
+    function, _, inputs = loss_forms("eager")[form]
+    leaves, target = inputs(4, 20, torch.float32), targets(4, 2, 20, ignored=0.0)[:1].repeat(4, 1)
+    of_weights = lambda *weights: outputs_and_gradients(  # noqa: E731
+        lambda *t: function(*t, target=target, target_weight=torch.tensor(weights), reduction=reduction), *leaves
+    )
+    assert all(not result.any() for result in of_weights(0.0, 0.0))
+    assert not of_weights(1.0, -1.0)[0].isfinite()
+    assert of_weights(float("nan"), 1.0)[0].isnan()
 
 
 def test_two_means_agree_where_nothing_is_ignored_and_differ_where_something_is():
@@ -56,6 +112,11 @@ def test_bad_labels():
         next_patch_targets(torch.zeros(2, 5), 2)
     with pytest.raises(ValueError, match="got 0"):
         next_patch_targets(torch.zeros(2, 4), 0)
+    for dtype in (torch.uint8, torch.uint16, torch.int16, torch.bool, torch.float32):  # -100 would be 156 in uint8
+        with pytest.raises(TypeError, match=f"labels must be .* int32 or int64, got {dtype}"):
+            next_patch_targets(torch.zeros(2, 4).to(dtype), 2)
+    with pytest.raises(ValueError, match=f"ignore_index must be .* torch.int32, got {2**31}"):
+        next_patch_targets(torch.zeros(2, 4, dtype=torch.int32), 2, 2**31)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -40,7 +40,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         "target_ptr": "*i64",
                         "c_ptr": "*fp32",
                         "losses_ptr": "*fp32",
-                        "lse_ptr": "*fp32",
+                        "statistics_ptr": "*fp32",
                     }
                     signature |= dict.fromkeys(
                         ("logits_stride", "dlogits_stride", "first", "V", "vocab", "readable", "ignore_index"), "i32"
@@ -49,7 +49,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                     constants = {
                         "SLOTS": 4,
                         "BLOCK_K": 4,
-                        "NEEDS_LSE": passes != "gradient",
+                        "NEEDS_LOSS": passes != "gradient",
                         "NEEDS_GRAD": passes != "loss",
                         "SMOOTHING": option == "all",
                         "SOFTCAP": option == "all",
@@ -71,7 +71,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                     "target_ptr": "*i64",
                     "statistics_ptr": "*fp32",
                     "picked_ptr": "*fp32",
-                    **dict.fromkeys(("logits_stride", "first", "V", "readable", "rows", "ignore_index"), "i32"),
+                    **dict.fromkeys(("logits_stride", "first", "V", "readable", "ignore_index"), "i32"),
                     "softcap": "fp32",
                 },
                 {**constants, "BLOCK_V": config["BLOCK_V"]},
