@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton_on_cpu  # first: Triton looks at its settings when kernels are defined
 from checkout import leave_checkout
+from machine_summary import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
 import patchkernels  # noqa: F401
 

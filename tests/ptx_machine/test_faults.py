@@ -202,6 +202,14 @@ def test_a_storage_that_no_gpu_would_give():
         execute("", tensor=odd)
 
 
+def test_poison_is_for_what_a_kernel_stores_to_and_never_reads():
+    largest, store = 2**31 - 1, "st.global.b32 [%d3], 7;\n"
+    assert execute(store, poison=True).tolist() == 64 * [7] + 192 * [largest]
+    assert execute(store, poison=True, kept=frozenset({"x"}))[64:].tolist() == list(range(64, 256))
+    for other in ("", "ld.global.b32 %r6, [%d3];\n" + store, "red.global.add.s32 [%d3], 0;\n" + store):
+        assert execute(other, poison=True)[64:].tolist() == list(range(64, 256))
+
+
 def test_an_unknown_order():
     with pytest.raises(ValueError, match="'sideways'"):
         execute("", order="sideways")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -14,6 +15,7 @@ if not triton_on_cpu.ARCHITECTURE:
 import ptx_machine
 import triton
 import triton.language as tl
+from ptx_machine.driver import TALLIES, Tally
 from ptx_machine.machine import ORDERS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,6 +50,14 @@ def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def increment_kernel(x, out, n, UPDATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes all but the last element; with UPDATE it reads what it overwrites."""
+    i = tl.arange(0, BLOCK)
+    added = tl.load(out + i, mask=i < n) if UPDATE else 1
+    tl.store(tl.where(i < n, out, x) + i, tl.load(x + i, mask=i < n) + added, mask=i < n - 1)
+
+
+@triton.jit
 def softmax_kernel(x, out, n, stride, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * stride
@@ -69,6 +79,16 @@ def branch_and_loop_kernel(x, out, n, BLOCK: tl.constexpr):
     else:
         total = value % 7
     tl.store(out + program * BLOCK + i, total)
+
+
+@triton.jit
+def running_sum_kernel(x, out, n, BLOCK: tl.constexpr):
+    """A thread holds BLOCK / 32 sums for the length of a loop."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in range(n):
+        total += tl.load(x + j * BLOCK + i)
+    tl.store(out + i, total)
 
 
 @triton.jit
@@ -153,6 +173,43 @@ def test_sum_and_what_it_moves(machine, n, dtype):
     assert counters.unique_read == 2 * n * x.element_size() and counters.unique_written == n * x.element_size()
     assert counters.padding_read == counters.padding_written == 0
     assert launch.resources.registers > 0 and launch.resources.spilled == 0 and 0 < launch.resources.occupancy <= 1
+
+
+@pytest.mark.parametrize(("dtype", "poison"), [(torch.float16, torch.nan), (torch.int32, 2**31 - 1)])
+def test_an_element_that_a_kernel_does_not_write_is_poisoned(machine, dtype, poison):
+    x, storage = torch.ones(20, dtype=dtype), torch.zeros(30, dtype=dtype)
+    out, unwritten = storage[2:22], torch.tensor([poison], dtype=dtype)
+
+    def run(update=False, **options):
+        machine.options = ptx_machine.Options(**options)
+        storage.zero_()
+        increment_kernel[(1,)](x, out, 20, UPDATE=update, BLOCK=32, num_warps=1)
+        assert (out[:19] == 1 + (not update)).all() and (x == 1).all()
+        assert not storage[:2].any() and not storage[22:].any()  # memory of other tensors stays
+        return out[19:]
+
+    assert not run().any()
+    assert torch.equal(run(poison=True), unwritten) or run(poison=True).isnan()
+    assert not run(poison=True, kept=frozenset({"out"})).any()
+    assert not run(update=True, poison=True).any()  # what a kernel reads keeps its values
+
+
+def test_a_tensor_that_is_overwritten_in_place_is_not_poisoned(machine):
+    x = torch.arange(100.0)
+    machine.options = ptx_machine.Options(poison=True)
+    add_kernel[(1,)](x, x, x, 100, BLOCK=128)
+    assert torch.equal(x, 2 * torch.arange(100.0))
+
+
+def test_values_that_do_not_fit_in_registers(machine):
+    x, out = torch.ones(3, 4096), torch.empty(4096)
+    with machine.record() as launches:
+        running_sum_kernel[(1,)](x, out, 3, BLOCK=4096, num_warps=1, maxnreg=64)
+        running_sum_kernel[(1,)](x, out, 3, BLOCK=4096, num_warps=8, maxnreg=64)
+    narrow, wide = (launch.resources for launch in launches)
+    assert narrow.registers <= 64 and narrow.spilled > 200 and narrow.spills_in_loop
+    assert wide.spilled == 0 and not wide.spills_in_loop
+    assert (out == 3).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,3 +311,16 @@ def test_atomics(machine, dtype):
     assert floats.tolist() == [float(g.sum()) for g in groups]
     assert torch.equal(halves, torch.fmod(values, 4).reshape(4, 64).sum(0).to(dtype))
     assert taken.item() == 1
+
+
+def test_the_tally_of_what_was_executed(machine):
+    before = dataclasses.replace(TALLIES[machine.target.arch])
+    x, out = torch.randn(32), torch.empty(32)
+    for _ in range(2):
+        add_kernel[(1,)](x, x, out, 32, BLOCK=32)
+    after = TALLIES[machine.target.arch]
+    assert after.launches - before.launches == 2
+    assert after.executed <= after.compiled and {"add.f32", "ret"} <= after.forms
+    both = Tally(1, {"a"}, {"a"}, {"ret"})
+    both.add(Tally(2, {"a"}, {"a", "b"}, {"add.f32"}))
+    assert both == Tally(3, {"a"}, {"a", "b"}, {"ret", "add.f32"})

@@ -22,7 +22,8 @@ elif ARCHITECTURE:
 
     from patchkernels.ops import backend
 
-    ptx_machine.install(ARCHITECTURE, order=os.environ.get("PTX_ORDER", "interleaved"))
+    order = os.environ.get("PTX_ORDER", "interleaved")
+    ptx_machine.install(ARCHITECTURE, order=order, poison=True, kept=frozenset({"picked_ptr"}))
     backend._runs_on_cpu = lambda: True
 else:
     os.environ["TRITON_INTERPRET"] = "1"

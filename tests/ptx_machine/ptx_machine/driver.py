@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from .counters import Counters
-from .machine import Options, run
+from .machine import Options, prepare, run
 from .resources import Resources, registers_and_spills
 
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}  # bytes of a CTA; 227 KB elsewhere
@@ -31,12 +32,31 @@ class Launch:
     counters: Counters = field(default_factory=Counters)
 
 
+@dataclass
+class Tally:
+    """What was compiled and executed for one architecture in this process."""
+
+    launches: int = 0
+    executed: set[str] = field(default_factory=set)  # hashes of kernels
+    compiled: set[str] = field(default_factory=set)
+    forms: set[str] = field(default_factory=set)  # instructions with their modifiers, of all that was compiled
+
+    def add(self, other: Tally) -> None:
+        self.launches += other.launches
+        for name in ("executed", "compiled", "forms"):
+            getattr(self, name).update(getattr(other, name))
+
+
+TALLIES: dict[int, Tally] = defaultdict(Tally)  # by compute capability
+
+
 @dataclass(frozen=True)
 class _Function:
     """What Triton holds as a loaded kernel."""
 
     registers: int
     spilled: int
+    spills_in_loop: bool
 
 
 class _Utilities:
@@ -70,6 +90,10 @@ class Launcher:
         cache = get_cache_manager(metadata.hash)
         with open(cache.get_file(f"{source.name[:150]}.ptx")) as file:  # as triton.compile names it
             self.ptx = file.read()
+        program = prepare(self.ptx).program  # raises for an instruction that the machine does not know
+        self.tally = TALLIES[triton.runtime.driver.active.target.arch]
+        self.tally.compiled.add(metadata.hash)
+        self.tally.forms.update(".".join((i.op, *i.modifiers)) for b in program.blocks for i in b.body)
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: _Function, kernel_metadata: Any,
                  launch_metadata: Any, enter: Any, leave: Any, *values: Any) -> None:  # fmt: skip
@@ -83,6 +107,8 @@ class Launcher:
         if enter:
             enter(launch_metadata)
         if x * y * z:
+            self.tally.launches += 1
+            self.tally.executed.add(self.metadata.hash)
             run(self.ptx, (x, y, z), arguments, self.metadata.shared, driver.options, counters)
         if leave:
             leave(launch_metadata)
@@ -90,7 +116,8 @@ class Launcher:
     def describe(self, grid: tuple[int, int, int], function: _Function) -> Launch:
         """What is known before the kernel runs."""
         threads = 32 * self.metadata.num_warps
-        resources = Resources(function.registers, function.spilled, self.metadata.shared, threads)
+        shared = self.metadata.shared
+        resources = Resources(function.registers, function.spilled, function.spills_in_loop, shared, threads)
         return Launch(self.metadata.name, grid, dict(self.source.signature), self.ptx, resources)
 
 

@@ -34,7 +34,8 @@ def _registers(operand) -> list[str]:
     return _registers(operand.base) if isinstance(operand, Address) else []
 
 
-def _defined_and_used(i: Instruction) -> tuple[list[str], list[str]]:
+def defined_and_used(i: Instruction) -> tuple[list[str], list[str]]:
+    """The registers that an instruction writes, and those that it reads."""
     writes = i.operands and i.op not in ("st", "red", "bra", "bar", "barrier", "stmatrix")
     defined = _registers(i.operands[0]) if writes and not isinstance(i.operands[0], Address) else []
     used = [name for operand in i.operands[1 if writes else 0 :] for name in _registers(operand)]
@@ -50,7 +51,7 @@ def live_out_of(program: Program) -> list[set[str]]:
         used: set[str] = set()
         defined: set[str] = set()
         for i in block.body:
-            d, u = _defined_and_used(i)
+            d, u = defined_and_used(i)
             used |= set(u) - defined
             defined |= set(d)
         first_use.append(used)

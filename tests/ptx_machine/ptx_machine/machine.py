@@ -25,6 +25,7 @@ from .faults import Fault
 from .memory import GlobalMemory, Region
 from .operations import DTYPES, size_of
 from .parse import Program, parse
+from .poison import accesses_by_parameter, fill_outputs
 from .races import Record
 from .translate import Code, compile_program
 
@@ -43,6 +44,8 @@ class Options:
     seed: int = 0
     races: bool = True
     races_between_ctas: bool = True  # False for kernels whose CTAs synchronise by atomic accesses
+    poison: bool = False  # fills outputs with NaN before a launch
+    kept: frozenset[str] = frozenset()  # with poison: names of outputs that a kernel writes in part, on purpose
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -56,6 +59,8 @@ class Executable:
     program: Program
     code: list[Code]
     constants: Region | None  # arrays of global memory that the module holds
+    stored: frozenset[str]  # the parameters through which it stores
+    read: frozenset[str]  # those through which it reads or changes memory
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,7 +73,7 @@ def prepare(ptx: str, one_access_a_block: bool = False) -> Executable:
         for array in program.arrays.values():
             data[array.offset : array.offset + len(array.data)] = np.frombuffer(array.data, np.uint8)
         constants = Region("the module's constants", words.ctypes.data, data, 1, tracked=False)
-    return Executable(program, compile_program(program), constants)
+    return Executable(program, compile_program(program), constants, *accesses_by_parameter(program))
 
 
 def run(ptx: str, grid: tuple[int, int, int], arguments: list[tuple[str, object]], shared_bytes: int, options: Options,
@@ -86,7 +91,12 @@ def run(ptx: str, grid: tuple[int, int, int], arguments: list[tuple[str, object]
         NotImplementedError: an instruction that the machine does not know.
     """
     executable = prepare(ptx, options.order == "random")
-    _Launch(executable, grid, arguments, shared_bytes, options, counters).run()
+    launch = _Launch(executable, grid, arguments, shared_bytes, options, counters)
+    if options.poison:
+        parameters = [name for name, _ in executable.program.parameters]
+        tensors = {p: (name, value) for p, (name, value) in zip(parameters, arguments) if hasattr(value, "data_ptr")}
+        fill_outputs(executable.stored, executable.read, tensors, options.kept)
+    launch.run()
 
 
 def _parameters(program: Program, arguments: list[tuple[str, object]]) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ SHARED_UNIT = 128
 class Resources:
     registers: int  # of a thread
     spilled: int  # bytes of stack and local memory of a thread
+    spills_in_loop: bool  # whether some of them are read or written in a loop
     shared: int  # bytes of a CTA
     threads: int  # of a CTA
 
@@ -40,13 +41,28 @@ class Resources:
         return self.ctas * self.threads / THREADS
 
 
-def registers_and_spills(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory, of the one kernel of a binary."""
+def registers_and_spills(cubin: bytes) -> tuple[int, int, bool]:
+    """Of the one kernel of a binary: registers of a thread, bytes that it spills, and whether it does so in a loop."""
     usage = cuobjdump(cubin, "-res-usage")
     registers = re.search(r"REG:(\d+)", usage)
     if not registers:
         raise ValueError(f"cuobjdump reports no registers:\n{usage}")
-    return int(registers[1]), sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    spilled = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return int(registers[1]), spilled, spilled > 0 and spills_in_loop(cuobjdump(cubin, "-sass"))
+
+
+def spills_in_loop(sass: str) -> bool:
+    """Whether local memory is accessed between a jump backwards and its target.
+
+    Code behind the kernel's end is not looked at: rare branches stand there, and jump back to where they came from.
+    """
+    body = re.split(r"/\*[0-9a-f]{4,}\*/\s+EXIT\s*;", sass)[0]
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]+?)\s*;", body)]
+    accesses = [at for at, text in instructions if re.search(r"\b(STL|LDL)\b", text)]
+    jumps = [
+        (at, int(found[1], 16)) for at, text in instructions if (found := re.search(r"\bBRA.* 0x([0-9a-f]+)", text))
+    ]
+    return any(target <= access <= at for at, target in jumps for access in accesses)
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
