@@ -1,0 +1,210 @@
+"""A GPU that is not there: everything that the host does to feed it, with tensors that have no data.
+
+    with FakeCuda() as gpu:
+        loss = patch_cross_entropy(torch.randn(4, 99, device="cuda", requires_grad=True), target)
+        gpu.backward(loss)
+    gpu.launches  # the Triton kernels in the order of their launch
+
+Tensors are those of torch's ``FakeTensorMode``, and the bodies of our custom operators run on them as on a GPU: chunks,
+products and launchers are real; kernels are recorded instead of executed. Whatever would make the host wait for the GPU
+raises :class:`HostWaits`. The current device is kept as ``torch.cuda`` keeps it, by ``torch.cuda``'s own guards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from patchkernels.kernels import cross_entropy, patch_embedding
+
+# Operators that take a number as a tensor of the CPU, and read it there.
+TAKE_CPU_NUMBERS = ("aten::fill_",)
+# Operators that take a number as a tensor and read it, wherever it is.
+READ_NUMBERS = ("aten::masked_fill", "aten::masked_fill_", "aten::index_fill", "aten::index_fill_")
+INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+
+
+class HostWaits(Exception):
+    """An operation for which the host would wait until the GPU has done all that was asked of it before."""
+
+
+class Launch(NamedTuple):
+    """A kernel, the GPU that was current when it was launched, and the GPUs of its tensors."""
+
+    kernel: str
+    current: int
+    tensors: set[int]
+
+
+class FakeCuda(contextlib.AbstractContextManager):
+    """Makes ``device="cuda"`` work without a GPU, and without data."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.sums: list[tuple[torch.dtype, ...]] = []  # of every addmm with an out_dtype: its sum and factors
+        self.current = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> FakeCuda:
+        enter = self._stack.enter_context
+        enter(_graphs_on_cuda())
+        for name in ("_exchange_device", "_maybe_exchange_device"):
+            enter(mock.patch.object(torch.cuda, name, self._exchange_device))
+        enter(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
+        enter(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))  # autocast asks
+        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            enter(mock.patch.object(owner, "synchronize", _wait))
+        for module in (cross_entropy, patch_embedding):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                enter(mock.patch.object(module, name, _Kernel(name, self)))
+        enter(FakeTensorMode())
+        enter(_Host(self))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def _exchange_device(self, index: int) -> int:
+        previous, self.current = self.current, index if index >= 0 else self.current
+        return previous
+
+    def backward(self, loss: Tensor) -> None:
+        """``loss.backward()``, node by node: torch's engine refuses tensors of a device that it was not built for."""
+        grads: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+        with torch.no_grad():
+            for node in _topological(loss.grad_fn):
+                results = _call(node, grads.pop(node, {}))
+                for (successor, slot), grad in results:
+                    if type(successor).__name__ == "AccumulateGrad":
+                        leaf = successor.variable
+                        leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+                    else:
+                        found = grads.setdefault(successor, {})
+                        found[slot] = found[slot] + grad if slot in found else grad
+
+
+class _Kernel:
+    """Stands for a Triton kernel: records its launches."""
+
+    def __init__(self, name: str, gpu: FakeCuda) -> None:
+        self.name, self.gpu = name, gpu
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **_: Any) -> None:
+            tensors = {t.get_device() for t in args if isinstance(t, Tensor)}
+            self.gpu.launches.append(Launch(self.name, self.gpu.current, tensors))
+
+        return launch
+
+
+class _Host(TorchDispatchMode):
+    """Raises HostWaits for every operation that waits, and runs the bodies of our operators instead of their fakes."""
+
+    def __init__(self, gpu: FakeCuda) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().split(".")[0]
+        if func.namespace == "patchkernels":
+            with self:
+                return OPDEFS[func._name]._init_fn(*args, **kwargs)
+        if func.namespace == "c10d":  # collectives wait on the GPU, not on the host
+            return args[0], FakeWork().boxed()
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reason = _why_it_waits(func, name, args, kwargs, {t.device.type for t in inputs})
+        if reason:
+            raise HostWaits(f"{func}: {reason}")
+        if func is torch.ops.aten.addmm.dtype_out:  # fake tensors have it only in later versions than GPUs
+            self.gpu.sums.append(tuple(tensor.dtype for tensor in args[:3]))
+            return kwargs["out"]
+        return func(*args, **kwargs)
+
+
+def _why_it_waits(func: Any, name: str, args: Any, kwargs: Any, devices: set[str]) -> str | None:
+    if name == "aten::_to_copy" and kwargs.get("device") is not None:
+        devices = devices | {torch.device(kwargs["device"]).type}
+    if "cuda" not in devices:
+        return None
+    if len(devices) > 1 and name not in TAKE_CPU_NUMBERS:
+        return "a copy between the CPU and the GPU"
+    if torch.Tag.data_dependent_output in func.tags:
+        return "the host reads the result"
+    if name in READ_NUMBERS and any(isinstance(argument, Tensor) and argument.is_cuda for argument in args[-1:]):
+        return "the host reads the number"
+    if name in INDEXING:  # tagged too, but only masks make it wait
+        masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
+        return "the host counts the elements of a mask" if masks else None
+    if torch.Tag.dynamic_output_shape in func.tags:
+        return "the size of the result depends on the data"
+    return None
+
+
+def _wait(*_: Any, **__: Any) -> None:
+    raise HostWaits("synchronize() waits for the GPU")
+
+
+@contextlib.contextmanager
+def _graphs_on_cuda() -> Iterator[None]:
+    """Lets autograd record operations on tensors of a GPU in a build of torch without CUDA.
+
+    It asks for the device's guard, and there is none. That of the meta device, which does nothing, takes its place.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    guards = (ctypes.c_void_p * 24).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10::DeviceType
+    previous, guards[cuda] = guards[cuda], guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = previous
+
+
+def _topological(root: Any) -> list[Any]:
+    """The nodes of a graph, each before those that it passes gradients to; without the leaves."""
+    order: list[Any] = []
+    seen = {root}
+
+    def visit(node: Any) -> None:
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen and type(successor).__name__ != "AccumulateGrad":
+                seen.add(successor)
+                visit(successor)
+        order.append(node)
+
+    visit(root)
+    return order[::-1]
+
+
+def _call(node: Any, grads: dict[int, Tensor]) -> list[tuple[tuple[Any, int], Tensor]]:
+    """The edges of a node and the gradients that it passes along them."""
+    inputs = [grads.get(slot) for slot in range(len(node._input_metadata))]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        zeros = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
+        inputs = [zero if grad is None else grad for grad, zero in zip(inputs, zeros)]
+        outputs = node.apply(*inputs)
+    else:
+        outputs = node(*inputs)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    assert len(outputs) in (0, len(edges)), (node, outputs, edges)
+    return [(edge, _as_recorded(grad, *edge)) for edge, grad in zip(edges, outputs)]
+
+
+def _as_recorded(grad: Tensor, successor: Any, slot: int) -> Tensor:
+    """The gradient in the shape and dtype of the forward's tensor, which may have been expanded there."""
+    metadata = successor._input_metadata[slot]
+    return grad.sum_to_size(metadata.shape).to(metadata.dtype)
