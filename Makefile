@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-kernels test-others bench lint types
+.PHONY: train test test-kernels test-tritons test-others test-oldest-torch soak bench lint types
 
 train: $(VENV)/.installed
 	$(BIN)/patchkernels train $(ARGS)
@@ -21,10 +21,22 @@ test: $(VENV)/.installed-dev
 MACHINE = OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal
 
 test-kernels: $(VENV)/.installed-dev
-	PTX_MACHINE=90 $(MACHINE) tests/ops tests/kernels tests/ptx_machine --ignore tests/ops/test_backend.py $(ARGS)
+	PTX_MACHINE=90 $(MACHINE) tests/ops tests/kernels tests/ptx_machine tests/soak --ignore tests/ops/test_backend.py $(ARGS)
 	PTX_MACHINE=80 $(MACHINE) tests/ops/test_patch_cross_entropy.py tests/ops/test_patch_embedding.py $(ARGS)
 	PTX_MACHINE=100 PTX_ORDER=random $(MACHINE) tests/ops/test_patch_cross_entropy.py tests/ops/test_patch_embedding.py \
 		$(ARGS)
+
+# The kernels as an older and the newest Triton compile them. Of the builds that test-kernels compiles, this compiles a
+# part; BUILDS_STRENGTH=2 is all of them, and 3 many more, which takes hours.
+TRITONS = 3.6.0 3.9.0
+BUILDS_STRENGTH ?= 1
+
+test-tritons: $(addprefix test-triton-,$(TRITONS))
+
+test-triton-%: $(VENV)/.installed-dev
+	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/triton-$* triton==$*
+	PYTHONPATH=$(OTHERS)/triton-$* PTX_MACHINE=90 BUILDS_STRENGTH=$(BUILDS_STRENGTH) $(MACHINE) \
+		tests/kernels/test_configurations.py tests/kernels/test_compiled.py $(ARGS)
 
 # For single tests, installed outside of the environment since they conflict with it: the oldest transformers that we
 # support, and torchtitan, which excludes our version of datasets.
@@ -41,6 +53,24 @@ test-others: $(VENV)/.installed-dev
 		tests/hf $(ARGS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torchtitan $(BIN)/pytest -p no:benchmark --numprocesses 2 \
 		tests/test_torchtitan.py $(ARGS)
+
+# The oldest torch that we support, with the triton that it requires (and numpy below 2.4, since that triton's interpreter
+# fails with newer ones). That torch comes with CUDA's libraries, 7 GB, so that .ci/run leaves this out.
+OLDEST_TORCH = torch==2.10.0 numpy==2.2.6
+
+test-oldest-torch: $(VENV)/.installed-dev
+	mkdir -p $(OTHERS)
+	grep --invert-match --extended-regexp '^(torch|triton|numpy)==' constraints.txt > $(OTHERS)/constraints.txt
+	$(PIP) install --quiet --upgrade --constraint $(OTHERS)/constraints.txt --target $(OTHERS)/torch $(OLDEST_TORCH)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torch $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal \
+		tests/ops tests/kernels tests/model tests/test_fsdp2.py tests/training/test_distributed.py $(ARGS)
+
+# Random calls of the operators against their definitions in fp64, until one fails or the time is over.
+# PTX_MACHINE=90 checks the kernels as they are compiled. ARGS="--case 123" repeats a case, ARGS="--help" has the rest.
+SECONDS ?= 3600
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support:tests/ptx_machine:tests/soak $(BIN)/python -m soak --seconds $(SECONDS) $(ARGS)
 
 # The libraries to compare with are installed by hand: pip install ".[peers]" on a machine with a GPU.
 bench: $(VENV)/.installed-dev
