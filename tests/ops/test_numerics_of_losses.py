@@ -90,6 +90,17 @@ def test_fp16_logits_of_ten_thousands(form, options):
         assert relative_error(value, expected) < 0.02  # the logits themselves are rounded to 11 bits
 
 
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_many_targets_with_a_strong_z_loss_do_not_overflow_in_fp16(memory):
+    """Their weights add up in a row's gradient, which is multiplied by ``1 + 2 z_loss_weight lse``."""
+    x = torch.tensor([3000.0, 0.0], dtype=torch.float16, device=DEVICE)
+    head = torch.eye(2, dtype=torch.float16, device=DEVICE)
+    target = torch.zeros(9, dtype=torch.int64, device=DEVICE)
+    loss = linear_patch_cross_entropy(x.requires_grad_(), head, target, z_loss_weight=1.0, memory=memory)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.tolist() == [6000.0, 0.0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_value_is_read_back_on_the_way(form, monkeypatch):
     """Our code calls no `.item()` or the like with the Triton backend, since these would synchronise a GPU."""

@@ -145,6 +145,24 @@ def check_kernels():
     compare_parts(parallel, one, exact, whole=1)
 
 
+def check_large_logits():
+    """log-sum-exp rounded near 1e6 would be off by 0.03. All logits are fp32 numbers, so that no product rounds."""
+    _, _, _, target = inputs()
+    x = torch.randint(-2, 3, (ROWS, HIDDEN)).float()
+    weight, bias = torch.randint(-8, 9, (VOCAB, HIDDEN)) / 8, 1e6 + torch.randint(-8, 9, (VOCAB,)) / 8
+    for options in ({}, {"label_smoothing": 0.1}):
+
+        def loss(x, weight, bias, options=options, **more):
+            return linear_patch_cross_entropy(x, weight, target, linear_bias=bias, **options, **more)
+
+        def parallel(x, weight, bias, loss=loss):
+            return loss(replicated(x), sharded_rows(weight, VOCAB), sharded_rows(bias, VOCAB)).to_local()
+
+        one = outputs_and_gradients(loss, x, weight, bias)
+        exact = outputs_and_gradients(loss, *(t.double() for t in (x, weight, bias)))
+        compare_parts(outputs_and_gradients(parallel, x, shard_of(weight), shard_of(bias)), one, exact, whole=2)
+
+
 def check_errors_ignored_rows_and_frozen_parts(vocab):
     x, weight, _, target = inputs(vocab=vocab)
     local = shard_of(weight).clone().requires_grad_()
@@ -355,6 +373,7 @@ def check_all():
         check_errors_ignored_rows_and_frozen_parts(vocab)
         check_embedding(vocab)
     check_kernels()
+    check_large_logits()
     check_modules_with_sharded_tensors()
     check_parameters_of_fsdp()
     check_sequence()
