@@ -263,7 +263,11 @@ def output_of(*words: str) -> str:
 
 def main() -> int:
     folder = Path(sys.argv[1]).resolve()
-    minutes = float(os.environ.get("MINUTES", MINUTES))
+    try:
+        minutes = float(os.environ.get("MINUTES", MINUTES))
+    except ValueError:
+        print(f"MINUTES must be a number, got {os.environ['MINUTES']!r}", file=sys.stderr)
+        return 1
     if folder.is_dir() and any(folder.iterdir()) and not (folder / STATE).is_file():
         print(f"{folder} holds other files: name a new folder", file=sys.stderr)
         return 1

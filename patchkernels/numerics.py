@@ -53,10 +53,14 @@ def check_float_dtype(name: str, tensor: Tensor) -> None:
 def check_class_dtype(name: str, tensor: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
     """Raises TypeError for classes that are not int32 or int64, ValueError for an ``ignore_index`` beyond that dtype.
 
+    A fraction as ``ignore_index`` is a TypeError too.
+
     Other integers are not taken, because ``ignore_index`` would become a class in some: -100 is 156 in uint8.
     """
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be class indices, int32 or int64, got {tensor.dtype}")
+    if isinstance(ignore_index, float):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index}")
     limits = torch.iinfo(tensor.dtype)
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(f"ignore_index must be a number of the dtype of {name}, {tensor.dtype}, got {ignore_index}")
@@ -76,7 +80,9 @@ def check_loss_options(options: LossOptions) -> None:
 
 
 def check_patch_size(patch_size: int) -> None:
-    """Raises ValueError for a patch size below 1."""
+    """Raises ValueError for a patch size below 1, and TypeError for a fraction."""
+    if isinstance(patch_size, float):
+        raise TypeError(f"patch_size must be an integer, got {patch_size}")
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
 

@@ -228,7 +228,8 @@ def pack_documents(
     chosen = choose_attention(implementation, document_ids.device, dtype, head_size)
     if chosen != "sdpa":
         return PackedDocuments(chosen, mask=None, edges=document_edges(document_ids))
-    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    ordinal = document_starts(document_ids).cumsum(1)  # not the id: it may come again, and FlashAttention reads edges
+    same_document = ordinal[:, :, None] == ordinal[:, None, :]
     return PackedDocuments(chosen, mask=same_document.tril().unsqueeze(1), edges=None)
 
 

@@ -62,13 +62,14 @@ class PatchLM(nn.Module):
             patch_size: K. 1 makes it an ordinary language model.
             reduction: as in :func:`patchkernels.patch_cross_entropy`; ``"none"`` gives ``(B, T / K, K)``.
             document_ids: the document of each token, if several documents are packed into a row. Documents must begin
-                on patch boundaries. Positions restart with each document, no position sees another document, and none
-                predicts the first patch of the next one. On a GPU, where checking the ids would cost a synchronisation,
-                a patch that straddles two documents is taken as part of its first token's document.
+                on patch boundaries, and another id begins another document. Positions restart with each document, no
+                position sees another document, and none predicts the first patch of the next one. On a GPU, where
+                checking the ids would cost a synchronisation, and under ``torch.compile`` a patch that straddles two
+                documents is taken as part of its first token's document.
 
         Raises:
             ValueError: shapes that do not fit, T not divisible by K, more positions than the model has, a patch
-                that straddles documents (on a CPU).
+                that straddles documents (on a CPU, not compiled).
             IndexError: ids or labels outside the vocabulary (on a CPU).
         """
         patch_size = int(patch_size)  # torch.compile may have made it symbolic; as an int, every K has its own graph
@@ -159,7 +160,8 @@ def patch_targets(labels: Tensor, patch_size: int, document_ids: Tensor | None) 
 def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:
     """The document of every patch, ``(B, T / K)``: that of its first token."""
     patches = document_ids.unflatten(1, (-1, patch_size))
-    if document_ids.device.type == "cpu" and bool((patches != patches[..., :1]).any()):
+    checked = document_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # reading would break the graph
+    if checked and bool((patches != patches[..., :1]).any()):
         raise ValueError(f"every document must begin on a patch boundary, a multiple of patch_size={patch_size} tokens")
     first: Tensor = patches[..., 0]
     return first

@@ -14,13 +14,19 @@ Backward = Callable[..., tuple[Any, ...]]
 
 
 def check_transforms(operator: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError under ``torch.func.vmap``, and for tensors with forward-mode tangents.
+    """Raises NotImplementedError for transforms of ``torch.func``, and for forward-mode tangents.
+
+    Without ``torch.compile`` ``grad`` is allowed, of which ``vjp`` and ``jacrev`` are made. The compiler traces a
+    backward in a transform with tensors of which it does not say that they require grad: gradients would be 0. If a
+    compiled function may break its graph, it calls the operator outside of the graph instead.
 
     ``operator`` is named in the message. PyTorch's own message would name a private class.
     """
     if torch.compiler.is_compiling():
+        if transforms():
+            raise NotImplementedError(f"{operator} is not compiled in transforms of torch.func")
         return
-    vmap = any(level.key() == torch._C._functorch.TransformType.Vmap for level in transforms())
+    vmap = "Vmap" in transforms()
     tangents = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     if vmap or tangents:
         raise NotImplementedError(
@@ -30,11 +36,12 @@ def check_transforms(operator: str, *tensors: Tensor | None) -> None:
         )
 
 
-def transforms() -> list[Any]:
-    """The transforms of ``torch.func`` in which the caller is; none while ``torch.compile`` traces it."""
-    if torch.compiler.is_compiling():
-        return []
-    return torch._C._functorch.get_interpreter_stack() or []
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while tracing
+def transforms() -> tuple[str, ...]:
+    """The transforms of ``torch.func`` in which the caller is, the outermost first: "Grad", "Vmap" or "Jvp"."""
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    names = (level.key().name for level in levels)
+    return tuple(name for name in names if name != "Functionalize")
 
 
 def first_derivative_only(backward: Backward) -> Backward:
@@ -42,8 +49,9 @@ def first_derivative_only(backward: Backward) -> Backward:
 
     ``torch.autograd.function.once_differentiable`` raises too, but only if the upstream gradient requires grad. Under
     ``create_graph=True`` with an ordinary upstream gradient its results are constants, so that a penalty on them would
-    be left out of the training in silence. In ``torch.func.grad`` of another ``grad`` a tensor that requires grad does
-    so for one of the two, so there the gradients are made to depend on all tensors that the forward has saved.
+    be left out of the training in silence. The gradients are therefore made to depend on a tensor that requires grad,
+    and on the tensors that the forward has saved: autograd calls a backward only on the way to a tensor that it was
+    asked for, and in ``torch.func.grad`` of another ``grad`` a tensor that requires grad does so for one of the two.
     """
 
     @functools.wraps(backward)
@@ -52,8 +60,7 @@ def first_derivative_only(backward: Backward) -> Backward:
             outputs = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # it is enabled by create_graph=True
             return outputs
-        saved = ctx.saved_tensors if transforms() else ()
-        anchors = (torch.empty((), requires_grad=True), *(t for t in (*grads, *saved) if t is not None))
+        anchors = (torch.empty((), requires_grad=True), *(t for t in (*grads, *ctx.saved_tensors) if t is not None))
         return tuple(_RaiseInBackward.apply(out, *anchors) if isinstance(out, Tensor) else out for out in outputs)
 
     return checked

@@ -61,8 +61,9 @@ def linear_patch_cross_entropy(
         target: class indices, shape ``(..., K)``, or ``(...)`` for K = 1.
         linear_bias: shape ``(V,)``, sharded as the head is.
         target_weight, ignore_index, reduction, label_smoothing, softcap, z_loss_weight: as in
-            :func:`patch_cross_entropy`. In float16, logits beyond 65504 overflow as those of ``F.linear`` do, and so
-            does the gradient of ``input`` where ``2 z_loss_weight lse`` is beyond 32000.
+            :func:`patch_cross_entropy`. Hidden states must be finite, also those of ignored targets. In float16, logits
+            beyond 65504 overflow as those of ``F.linear`` do, and so does the gradient of ``input`` where
+            ``2 z_loss_weight lse`` is beyond 32000.
         memory: ``"default"``, or ``"low"``, which takes four matrix products: only a slice of the vocabulary has
             logits at a time, and the head's gradient has no copy in another dtype (in fp16 a slice of it has).
         logits_bytes: the memory that logits may take at a time. By default it is ``LOGITS_BYTES`` of the device if the
@@ -191,19 +192,19 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *_, ctx.call = inputs
+        x, weight, bias, _, _, ctx.call = inputs
         _, losses, *saved = output
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, *saved)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*saved, x, weight, bias)  # the last three for first_derivative_only
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        scale, *grads = ctx.saved_tensors
+        scale, *grads = ctx.saved_tensors[:4]
         return *_scale_gradients(grads, grad * scale, ctx.call.needs, ctx.dtype), None, None, None
 
 
@@ -234,6 +235,7 @@ class _LinearLosses(torch.autograd.Function):
 def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
     """The gradients times ``scale``, in the dtype of the parameters.
 
-    They are not changed in place, because a second backward needs them again.
+    They are not changed in place, because a second backward needs them again. The product is taken in the dtype of the
+    scale: a GPU would round a scale of no dimensions to the dtype of the gradient, in fp16 to infinity.
     """
-    return [(g * scale).to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]
+    return [(g.to(scale.dtype) * scale).to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]

@@ -161,7 +161,7 @@ def _multiply_and_scale(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Non
         out.copy_(product.mul_(scale))
     else:
         torch.mm(a, b, out=out)
-        out *= scale
+        out *= scale.to(out.dtype)  # exact, since it is a power of two
 
 
 def _slices(

@@ -114,7 +114,7 @@ def weigh_targets(
 
     Raises:
         ValueError: an unknown reduction, or a ``target_weight`` that does not fit.
-        TypeError: a complex ``target_weight``.
+        TypeError: a ``target_weight`` that is no tensor, or complex.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -128,9 +128,7 @@ def weigh_targets(
         _check_target_weight(target_weight, target, slots, reduction)
         if target_weight.shape == (slots,):
             slot_weight = target_weight.to(dtype)
-            weight = weight * slot_weight
-        else:
-            weight = weight * target_weight.reshape(-1, slots).to(dtype)
+        weight = torch.where(valid, target_weight.reshape(-1, slots).to(dtype), 0)
     if not return_losses:
         row_targets = torch.where(weight != 0, row_targets, ignore_index)
     if reduction == "mean":
@@ -138,11 +136,13 @@ def weigh_targets(
     elif reduction == "slot_mean":
         count = valid.sum(0)
         used = torch.where(count > 0, slot_weight, 0)
-        weight = _divide(valid * _divide(used, used.sum()), count)
+        weight = _divide(torch.where(valid, _divide(used, used.sum()), 0), count)
     return row_targets, weight
 
 
 def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, reduction: str) -> None:
+    if not isinstance(target_weight, Tensor):
+        raise TypeError(f"target_weight must be a tensor, got {target_weight!r}")
     if target_weight.is_complex():
         raise TypeError(f"target_weight must be real, got {target_weight.dtype}")
     if target_weight.requires_grad:

@@ -112,6 +112,12 @@ def test_packed_documents_are_as_if_alone(patch_size):
             torch.testing.assert_close(losses[row : row + 1, place], expected)
 
 
+def test_an_id_that_comes_again_is_another_document():
+    model, ids = build(), torch.randint(0, 67, (1, 24))
+    again, others = (torch.tensor([[0] * 8 + [1] * 8 + [last] * 8]) for last in (0, 2))
+    assert torch.equal(model(ids, document_ids=again), model(ids, document_ids=others))
+
+
 @pytest.mark.parametrize("settings", [{"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 12}])
 def test_variants_train(settings):
     model, ids = build(**settings), torch.randint(0, 67, (2, 16))
@@ -205,10 +211,10 @@ def test_compiled_steps_of_packed_documents_share_graphs(cpu_as_gpu, name):
 
 
 def test_packed_documents_are_one_graph_with_pytorchs_attention():
-    transformer, ids = build().float().model, torch.randint(0, 67, (2, 24))
+    model, ids = build().float(), torch.randint(0, 67, (2, 24))
     with torch.autocast("cpu", torch.bfloat16):
-        out = torch.compile(transformer, fullgraph=True, backend="eager")(ids, 1, PACKED)
-        torch.testing.assert_close(out, transformer(ids, 1, PACKED))
+        loss = torch.compile(model, fullgraph=True, backend="eager")(ids, ids, document_ids=PACKED)
+        torch.testing.assert_close(loss, model(ids, ids, document_ids=PACKED))
 
 
 class Synchronisations(TorchDispatchMode):

@@ -197,7 +197,11 @@ def test_a_penalty_on_gradients_raises_though_the_upstream_gradient_is_a_constan
     (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
     torch.testing.assert_close(gradient.detach(), torch.autograd.grad(functions[operator]()[1].sum(), leaf)[0])
     with pytest.raises(RuntimeError, match="gradients of gradients are not defined"):
-        (gradient**2).sum().backward()
+        (gradient**2).sum().backward(retain_graph=True)
+    if operator != "embedding":  # whose gradient does not depend on the table
+        # The loss itself is a way to the leaf, so that autograd need not follow the penalty to find one.
+        with pytest.raises(RuntimeError, match="gradients of gradients are not defined"):
+            torch.autograd.grad((gradient**2).sum() + leaf.sum(), leaf)
 
 
 @pytest.mark.parametrize("operator", ["embedding", "logits", "linear", "none", "low memory"])
@@ -239,6 +243,11 @@ def test_transforms_work_or_say_what_does(tensors, operator):
             NotImplementedError, match=f"^{definition} was called under .*{kind}.*reference.{definition}"
         ):
             function()
+    if operator != "none":  # compiled as "linear" is
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(torch.func.grad(loss), backend="aot_eager")(leaf), expected)
+        with pytest.raises(NotImplementedError, match=f"^{definition} was called under .*forward-mode"):
+            torch.compile(lambda t: torch.func.jvp(loss, (t,), (t,)), backend="aot_eager")(leaf)
 
 
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():

@@ -129,3 +129,28 @@ def test_no_document_predicts_the_first_patch_of_the_next(shared):
         for p in range(5):
             ignored = p < 4 and row[p + 1]
             assert torch.equal(masked[b, p], torch.full((3,), -100) if ignored else target[b, p])
+
+
+@pytest.mark.parametrize("weight", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_weight_of_an_ignored_target_is_not_used(weight, reduction):
+    logits, target = normal(2, 5), torch.tensor([[-100], [2]], device=DEVICE)
+    losses = [
+        patch_cross_entropy(
+            logits, target, target_weight=torch.tensor([[w], [0.5]], device=DEVICE), reduction=reduction
+        )
+        for w in (weight, 1.0)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_numbers_that_are_no_integers_and_weights_that_are_no_tensors():
+    logits, target = normal(2, 5), torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+    for call, message in (
+        (lambda: patch_cross_entropy(logits, target, ignore_index=1.5), "ignore_index must be an integer, got 1.5"),
+        (lambda: next_patch_targets(target.T, 2, ignore_index=1.5), "ignore_index must be an integer, got 1.5"),
+        (lambda: next_patch_targets(target.T, 2.0), "patch_size must be an integer, got 2.0"),
+        (lambda: patch_cross_entropy(logits, target, target_weight=[1.0]), "target_weight must be a tensor, got"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

@@ -74,6 +74,13 @@ def test_what_waits_is_noticed(gpu, wait):
         wait(leaf(4, 5))
 
 
+def test_a_number_that_is_rounded_to_16_bits_is_noticed(gpu):
+    number = torch.ones((), device="cuda")
+    with pytest.raises(fake_cuda.Narrowed):
+        leaf(4, 5, dtype=torch.float16) * number
+    leaf(4, 5, dtype=torch.float32) * number
+
+
 def test_what_waits_inside_of_an_operator_is_noticed(gpu, monkeypatch):
     cross_entropy = pytest.importorskip("patchkernels.kernels.cross_entropy")
     monkeypatch.setattr(cross_entropy, "check_targets", lambda target, *_: int(target.max()))

@@ -7,7 +7,8 @@
 
 Tensors are those of torch's ``FakeTensorMode``, and the bodies of our custom operators run on them as on a GPU: chunks,
 products and launchers are real; kernels are recorded instead of executed. Whatever would make the host wait for the GPU
-raises :class:`HostWaits`. The current device is kept as ``torch.cuda`` keeps it, by ``torch.cuda``'s own guards.
+raises :class:`HostWaits`, and a number that a GPU would round to 16 bits unasked raises :class:`Narrowed`. The current
+device is kept as ``torch.cuda`` keeps it, by ``torch.cuda``'s own guards.
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ from patchkernels.kernels import cross_entropy, patch_embedding
 TAKE_CPU_NUMBERS = ("aten::fill_",)
 # Operators that take a number as a tensor and read it, wherever it is.
 READ_NUMBERS = ("aten::masked_fill", "aten::masked_fill_", "aten::index_fill", "aten::index_fill_")
+PRODUCTS = ("aten::mul", "aten::mul_", "aten::div", "aten::div_")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
 class HostWaits(Exception):
     """An operation for which the host would wait until the GPU has done all that was asked of it before."""
+
+
+class Narrowed(Exception):
+    """A product of a 16-bit tensor and a wider number on the GPU, which rounds the number to 16 bits, unlike a CPU."""
 
 
 class Launch(NamedTuple):
@@ -128,6 +134,8 @@ class _Host(TorchDispatchMode):
         reason = _why_it_waits(func, name, args, kwargs, {t.device.type for t in inputs})
         if reason:
             raise HostWaits(f"{func}: {reason}")
+        if name in PRODUCTS and _narrows([t for t in inputs if t.is_cuda and t.is_floating_point()]):
+            raise Narrowed(f"{func}: {[(t.dtype, tuple(t.shape)) for t in inputs]}")
         if func is torch.ops.aten.addmm.dtype_out:  # fake tensors have it only in later versions than GPUs
             self.gpu.sums.append(tuple(tensor.dtype for tensor in args[:3]))
             return kwargs["out"]
@@ -151,6 +159,11 @@ def _why_it_waits(func: Any, name: str, args: Any, kwargs: Any, devices: set[str
     if torch.Tag.dynamic_output_shape in func.tags:
         return "the size of the result depends on the data"
     return None
+
+
+def _narrows(factors: list[Tensor]) -> bool:
+    widths = [{t.element_size() for t in factors if (t.ndim == 0) == number} for number in (True, False)]
+    return all(widths) and max(widths[0]) > max(widths[1])
 
 
 def _wait(*_: Any, **__: Any) -> None:
