@@ -36,12 +36,16 @@ def check_transforms(operator: str, *tensors: Tensor | None) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while tracing
 def transforms() -> tuple[str, ...]:
     """The transforms of ``torch.func`` in which the caller is, the outermost first: "Grad", "Vmap" or "Jvp"."""
     levels = torch._C._functorch.get_interpreter_stack() or []
     names = (level.key().name for level in levels)
     return tuple(name for name in names if name != "Functionalize")
+
+
+# torch.compile calls the function while it traces, and takes the result for a constant. This is all that
+# torch.compiler.assume_constant_result does, but calling that here would import torch._dynamo, and with it much else.
+transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def first_derivative_only(backward: Backward) -> Backward:
