@@ -51,11 +51,10 @@ def check_float_dtype(name: str, tensor: Tensor) -> None:
 
 
 def check_class_dtype(name: str, tensor: Tensor, ignore_index: int = IGNORE_INDEX) -> None:
-    """Raises TypeError for classes that are not int32 or int64, ValueError for an ``ignore_index`` beyond that dtype.
+    """Raises TypeError for classes that are not int32 or int64 or an ``ignore_index`` that is no integer.
 
-    A fraction as ``ignore_index`` is a TypeError too.
-
-    Other integers are not taken, because ``ignore_index`` would become a class in some: -100 is 156 in uint8.
+    An ``ignore_index`` beyond the dtype of the classes is a ValueError. Other integers are not taken, because
+    ``ignore_index`` would become a class in some: -100 is 156 in uint8.
     """
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be class indices, int32 or int64, got {tensor.dtype}")

@@ -52,10 +52,8 @@ def logits_gradient(
     """dlogits, in the dtype of the logits, which stay unchanged."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for chunk in _chunks(logits):
-        z = logits[chunk].to(statistics.dtype, copy=True)
-        slope = _cap_(z, options.softcap)
-        exponentials = z.sub_(statistics[0, chunk].unsqueeze(1)).exp_()
-        dlogits[chunk] = _gradient_(exponentials, target[chunk], c[chunk], statistics[:, chunk], slope, options)
+        z, vocab = logits[chunk].to(statistics.dtype, copy=True), logits.shape[1]
+        dlogits[chunk] = slice_gradient_(z, 0, vocab, target[chunk], c[chunk], statistics[:, chunk], options)
     return dlogits
 
 

@@ -104,8 +104,8 @@ def test_a_warp_barrier_that_a_thread_never_reaches():
     execute(skip.replace("-1", "0xffffffdf"), threads=32)
 
 
-def test_a_race_in_global_memory():
-    body = """
+# Each thread stores what the thread 32 places away has, which is in another warp.
+SWAP = """
     xor.b32 %r6, %r1, 32;
     mul.wide.u32 %d4, %r6, 4;
     add.s64 %d5, %d1, %d4;
@@ -113,19 +113,16 @@ def test_a_race_in_global_memory():
     {between}
     st.global.b32 [%d3], %r7;
 """
-    caught(body.format(between=""), r"race on x, element \d+ of 4 bytes: thread \d+ of CTA 0 (reads|writes) it")
-    assert in_every_order(body.format(between="bar.sync 0;"))[:64].tolist() == [n ^ 32 for n in range(64)]
+
+
+def test_a_race_in_global_memory():
+    caught(SWAP.format(between=""), r"race on x, element \d+ of 4 bytes: thread \d+ of CTA 0 (reads|writes) it")
+    assert in_every_order(SWAP.format(between="bar.sync 0;"))[:64].tolist() == [n ^ 32 for n in range(64)]
 
 
 def test_what_a_race_does_to_the_numbers():
     """Without the check the kernel runs, and what it stores depends on which warp was first."""
-    body = """
-    xor.b32 %r6, %r1, 32;
-    mul.wide.u32 %d4, %r6, 4;
-    add.s64 %d5, %d1, %d4;
-    ld.global.b32 %r7, [%d5];
-    st.global.b32 [%d3], %r7;
-"""
+    body = SWAP.format(between="")
     first, last, together = (
         execute(body, order=order, races=False)[:64].tolist() for order in ("forward", "backward", "interleaved")
     )
