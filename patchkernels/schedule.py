@@ -14,6 +14,7 @@ the shares of the data are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -23,6 +24,8 @@ SHARES = ("data", "steps")
 DECAYS = ("wsd", "cosine")
 SCOPES = ("run", "phase")
 OPTIMIZER_AT_SWITCH = ("carry", "reset")
+Share = float | str | Fraction
+Phases = str | Sequence[tuple[int, Share]]  # as a user writes them, see parse_phases
 DEFAULT_PHASES = "4:2/3,1:1/3"  # PatchTrain's setting, half the cost of token-level training
 
 
@@ -34,33 +37,39 @@ class Phase:
     share: float  # lambda, of all raw tokens
 
 
-def parse_phases(text: str, shares_of: str = "data", convention: str = "positions") -> tuple[Phase, ...]:
-    """Parses a list of phases such as ``"4:2/3,1:1/3"``, each a patch size and a share.
+def parse_phases(phases: Phases, shares_of: str = "data", convention: str = "positions") -> tuple[Phase, ...]:
+    """Reads phases, each a patch size and a share: ``"4:2/3,1:1/3"``, or pairs such as ``[(4, 2 / 3), (1, 1 / 3)]``.
 
     ``shares_of`` says whether these are shares of the data (lambda) or of the steps (r). The two are the same if all
     steps read the same number of raw tokens (``convention="tokens"``).
 
     Raises:
-        ValueError: the text is not a list of phases, a patch size or a share is not positive, the shares do not add up
-            to 1, or ``shares_of`` is unknown.
+        ValueError: these are not phases, a patch size or a share is not positive, the shares do not add up to 1, or
+            ``shares_of`` is unknown.
     """
     if shares_of not in SHARES:
         raise ValueError(f"shares must be of one of {SHARES}, got {shares_of!r}")
-    phases: list[Phase] = []
-    for part in text.replace(",", " ").split():
-        try:
-            size, share = part.split(":")
-            phases.append(Phase(int(size), float(Fraction(share))))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"phases look like '4:2/3,1:1/3', patch size and share; got {part!r}") from None
-    if not phases or any(p.patch_size < 1 or p.share <= 0 for p in phases):
-        raise ValueError(f"phases need patch sizes of at least 1 and positive shares, got {text!r}")
-    total = sum(p.share for p in phases)
-    if abs(total - 1) > 1e-3:
-        raise ValueError(f"the shares must add up to 1, got {total:.4g} from {text!r}")
+    parts = phases.replace(",", " ").split() if isinstance(phases, str) else phases
+    parsed = [parse_phase(part) for part in parts]
+    if not parsed or any(phase.patch_size < 1 or not phase.share > 0 for phase in parsed):
+        raise ValueError(f"phases need patch sizes of at least 1 and positive shares, got {phases!r}")
+    total = sum(phase.share for phase in parsed)
+    if not abs(total - 1) <= 1e-3:
+        raise ValueError(f"the shares must add up to 1, got {total:.4g} from {phases!r}")
     in_steps = shares_of == "steps" and convention == "positions"
-    tokens = [phase.share * (phase.patch_size if in_steps else 1) for phase in phases]
-    return tuple(Phase(phase.patch_size, count / sum(tokens)) for phase, count in zip(phases, tokens))
+    tokens = [phase.share * (phase.patch_size if in_steps else 1) for phase in parsed]
+    return tuple(Phase(phase.patch_size, count / sum(tokens)) for phase, count in zip(parsed, tokens))
+
+
+def parse_phase(part: str | tuple[int, Share]) -> Phase:
+    """The phase that ``"4:2/3"``, ``(4, 2 / 3)`` or ``(4, "2/3")`` stands for, each a patch size and a share."""
+    try:
+        size, share = part.split(":") if isinstance(part, str) else part
+        if not isinstance(size, str) and size != int(size):
+            raise ValueError
+        return Phase(int(size), float(Fraction(share)))
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        raise ValueError(f"phases look like '4:2/3,1:1/3', patch size and share; got {part!r}") from None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,13 @@ def test_published_arithmetic():
     assert Schedule(parse_phases(f"{k}:{r},1:{1 - r}", "steps"), 10**8, 8, 128).cost == pytest.approx(
         1 / (r * k + 1 - r)
     )
+
+
+def test_phases_as_pairs():
+    expected = parse_phases("4:2/3,1:1/3")
+    for pairs in ([(4, 2 / 3), (1, 1 / 3)], ((4, "2/3"), (1, Fraction(1, 3))), [[4, 2 / 3], [1.0, 1 / 3]]):
+        assert parse_phases(pairs) == expected
+    assert parse_phases([(1, 1)]) == parse_phases("1:1")
 
 
 def test_shares_of_steps_at_constant_tokens_are_shares_of_data():
@@ -86,6 +94,13 @@ def test_learning_rate(shape, scope):
         ("4:0.5", r"add up to 1, got 0\.5"),
         ("4:-1,1:2", "positive"),
         ("4:1/0", "4:1/0"),
+        ([], r"got \[\]"),
+        ([4, 1], "got 4"),
+        ([(4, 0.5, 0.5)], r"got \(4, 0.5, 0.5\)"),
+        ([(1.5, 1)], r"got \(1.5, 1\)"),
+        ([(1, float("nan"))], "nan"),
+        ([(1, float("inf"))], "inf"),
+        ([(0, 1)], "at least 1"),
     ],
 )
 def test_nonsense_phases(text, message):
