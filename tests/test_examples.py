@@ -77,6 +77,21 @@ def test_hugging_face_trainer(text, tmp_path):
     run(EXAMPLES / "hf_trainer.py", text, "--steps", "12", "--out", str(tmp_path), "--resume")
 
 
+def test_own_model(text, tmp_path):
+    """Stopped after the first phase and resumed, on one process, and on two with FSDP2 and with Muon."""
+    file, launcher = EXAMPLES / "own_model.py", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    options = ("--tokens", "30000", "--out")
+    alone = run(file, text, *options, str(tmp_path / "one"))
+    assert "K=4: 2 steps, K=1: 5 steps" in alone and losses(alone)[-1] < losses(alone)[0]
+    assert (tmp_path / "one" / "plot.png").is_file()
+    again = run(file, text, *options, str(tmp_path / "one"), "--resume")
+    assert "done" in again and not losses(again)  # all steps are done
+    together = run(file, text, *options, str(tmp_path / "two"), launcher=launcher)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
+    muon = run(file, text, "--tokens", "20000", "--out", str(tmp_path / "muon"), "--muon", launcher=launcher)
+    assert losses(muon)[-1] < losses(muon)[0]
+
+
 def test_accelerate(text):
     pytest.importorskip("accelerate")
     file = EXAMPLES / "accelerate_loop.py"

@@ -18,6 +18,8 @@ from patchkernels.data.corpus import Tokens
 from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import Schedule
 
+Rows = tuple[Tensor, Tensor, Tensor | None]  # token ids, labels and, if documents are packed, document ids; each (B, T)
+
 # The second number of a random generator's seed, which keeps the two kinds of orders independent.
 PIECES_OF_EPOCH = 0
 ROWS_OF_PHASE = 1
@@ -42,6 +44,7 @@ class Batches:
             raise ValueError(f"batch_size must be divisible by {world_size} processes, got {schedule.batch_size}")
         self.tokens, self.schedule, self.seed, self.packed = tokens, schedule, seed, packed
         self.rank, self.world_size = rank, world_size
+        self.labels_are_ids = not packed
 
     def row_starts(self, step: int) -> list[int]:
         """The positions in the stream at which this process's rows of a step begin."""
@@ -69,7 +72,7 @@ class Batches:
             for phase, steps in zip(schedule.phases[:phase_index], schedule.steps)
         )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def batch(self, step: int) -> Rows:
         """``input_ids (B, T)``, ``labels (B, T)`` and, if documents are packed, ``document_ids (B, T)``."""
         phase = self.schedule.phases[self.schedule.locate(step)[0]]
         return read_rows(self.tokens, self.row_starts(step), self.schedule.row_tokens(phase), self.packed)
@@ -81,7 +84,7 @@ def _permutation(seed: int, kind: int, index: int, length: int) -> npt.NDArray[n
     return np.random.default_rng([seed, kind, index]).permutation(length)
 
 
-def read_rows(tokens: Tokens, starts: list[int], length: int, packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def read_rows(tokens: Tokens, starts: list[int], length: int, packed: bool) -> Rows:
     """``input_ids``, ``labels`` and ``document_ids`` of rows of ``length`` tokens, each ``(len(starts), length)``.
 
     Without ``packed`` the labels are the ids and there are no document ids. With it, the labels

@@ -1,7 +1,8 @@
 """Saving and loading a training run. A checkpoint is a folder that gets its final name only when it is complete.
 
-A run on one process saves safetensors and JSON. On several processes each saves its own shards with
-``torch.distributed.checkpoint``. Both kinds of checkpoint load on any number of processes.
+A run on one process saves its model with safetensors and its optimizers with torch, which loads them without running
+code. On several processes each saves its own shards with ``torch.distributed.checkpoint``. Both kinds of checkpoint
+load on any number of processes.
 """
 
 from __future__ import annotations
@@ -18,39 +19,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 PREFIX = "step-"  # of a complete checkpoint's name; an incomplete one has a dot before it
 STATE_FILE = "state.json"
 CPU = "cpu"
+OPTIMIZER_FILE = "optimizer.pt"
 DISTRIBUTED = "distributed"  # the folder within a checkpoint that holds the shards of several processes
 
 
 def save_checkpoint(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    root: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: dict[str, Any], keep: int
 ) -> None:
     """Saves a run on one process, and removes all but the newest ``keep`` checkpoints.
 
     ``state`` holds whatever else the caller needs to resume; it is written as JSON, and :func:`read_state` returns it.
     """
     temporary = _begin(root, step)
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
-    moments = optimizer.state_dict()["state"]
-    flat = {f"{i}.{name}": value.contiguous() for i, entry in moments.items() for name, value in entry.items()}
-    save_file(flat, temporary / "optimizer.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in _tensors(model).items()}, temporary / "model.safetensors")
+    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / OPTIMIZER_FILE)
+    save_file(_generator_states(), temporary / _generator_file(0))
     _finish(temporary, root, step, state, keep)
 
 
 def save_distributed(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    root: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: dict[str, Any], keep: int
 ) -> None:
     """Saves a run on several processes. All of them must call this function and share the file system."""
     is_first = dist.get_rank() == 0
     temporary = _begin(root, step) if is_first else _temporary_folder(root, step)
     dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizers)
     state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary / DISTRIBUTED)
+    save_file(_generator_states(), temporary / _generator_file(dist.get_rank()))
     dist.barrier()
     if is_first:
         _finish(temporary, root, step, state, keep)
@@ -77,8 +81,7 @@ def _begin(root: Path, step: int) -> Path:
 
 
 def _finish(temporary: Path, root: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Adds generator states and ``state``, flushes all files to disk, renames the folder, removes old checkpoints."""
-    save_file(_generator_states(), temporary / "random.safetensors")
+    """Adds ``state``, flushes all files to disk, renames the folder, removes old checkpoints."""
     (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
     for file in temporary.rglob("*"):
         if file.is_file():
@@ -100,64 +103,91 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads parameters, optimizer state and random generators, all in place.
+def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Loads parameters, buffers, the optimizers' state and random generators, all in place.
+
+    The generators of a process are left as they are if the checkpoint is of fewer processes.
 
     Raises:
         ValueError: a file is damaged, or the parameters are those of another model.
     """
-    generator_states = _read_tensors(folder, "random")
+    file = _generator_file(dist.get_rank() if dist.is_initialized() else 0)
+    generator_states = _read_tensors(folder, file) if (folder / file).exists() else {}
     if (folder / DISTRIBUTED).is_dir():
-        _load_distributed(folder, model, optimizer)
+        _load_distributed(folder, model, optimizers)
     else:
-        _load_files(folder, model, optimizer)
-    torch.set_rng_state(generator_states.pop(CPU))
+        _load_files(folder, model, optimizers)
     for device, state in generator_states.items():
-        if torch.device(device).index < torch.cuda.device_count():
+        if device == CPU:
+            torch.set_rng_state(state)
+        elif torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, file: str) -> dict[str, Tensor]:
     try:
-        return load_file(folder / f"{name}.safetensors")
+        return load_file(folder / file)
     except Exception as error:
-        raise ValueError(f"the checkpoint {folder} is damaged: {name}.safetensors: {error}") from error
+        raise ValueError(f"the checkpoint {folder} is damaged: {file}: {error}") from error
 
 
-def _load_distributed(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    weights, optimizer_state = get_state_dict(model, optimizers)
+    moments: dict[str, Any] = dict(optimizer_state)
+    path = folder / DISTRIBUTED
     try:
-        state_dict_loader.load(state, checkpoint_id=folder / DISTRIBUTED, no_dist=not dist.is_initialized())
+        # get_state_dict makes a state for every parameter. One that never had a gradient has none in the checkpoint.
+        saved = {key.rsplit(".", 1)[0] for key in FileSystemReader(path).read_metadata().state_dict_metadata}
+        states = {name: entry for name, entry in moments["state"].items() if f"optimizer.state.{name}" in saved}
+        state: dict[str, Any] = {"model": weights, "optimizer": {**moments, "state": states}}
+        state_dict_loader.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )  # fmt: skip
 
 
-def _load_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights, flat = _read_tensors(folder, "model"), _read_tensors(folder, "optimizer")
-    parameters = dict(model.named_parameters())
-    saved = {name: tuple(weight.shape) for name, weight in weights.items()}
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+def _load_files(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    saved_tensors, tensors = _read_tensors(folder, "model.safetensors"), _tensors(model)
+    saved = {name: tuple(tensor.shape) for name, tensor in saved_tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved != expected:
         differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise ValueError(f"the checkpoint {folder} is of another model: {differing[:5]} differ")
+    try:
+        states = torch.load(folder / OPTIMIZER_FILE, map_location=CPU, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"the checkpoint {folder} is damaged: {OPTIMIZER_FILE}: {error}") from error
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(_shard_of(weights[name], parameter))
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = _shard_of(value, ordered[int(index)])
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, tensor in tensors.items():
+            tensor.copy_(_shard_of(saved_tensors[name], tensor))
+    for optimizer, state in zip(optimizers, states, strict=True):
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, entry in state["state"].items():
+            state["state"][index] = {name: _shard_of(value, ordered[index]) for name, value in entry.items()}
+        optimizer.load_state_dict(state)
 
 
-def _shard_of(value: Tensor, parameter: Tensor) -> Tensor:
-    """This process's shard of a full tensor. Scalars, and tensors of unsharded parameters, are returned as they are."""
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the model and the buffers that its ``state_dict`` holds. Shared ones are there once."""
+    saved = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *buffers.items()]}
+
+
+def _shard_of(value: Any, parameter: Tensor) -> Any:
+    """This process's shard of a full tensor. Anything of another shape than the parameter, and what belongs to an
+    unsharded parameter, is returned as it is.
+    """
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _generator_file(rank: int) -> str:
+    return f"random-{rank}.safetensors"
 
 
 def _generator_states() -> dict[str, Tensor]:

@@ -35,6 +35,28 @@ def check_at_least_one(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
 
 
+def check_updates(settings: OptimizerConfig | LoopConfig) -> None:
+    """Raises ``ValueError`` for an unknown ``optimizer_at_switch`` or a ``clip`` that is not positive."""
+    if settings.optimizer_at_switch not in OPTIMIZER_AT_SWITCH:
+        raise ValueError(
+            f"optimizer_at_switch must be one of {OPTIMIZER_AT_SWITCH}, got {settings.optimizer_at_switch!r}"
+        )
+    if not settings.clip > 0:
+        raise ValueError(f"clip must be positive, got {settings.clip}")
+
+
+def check_minutes(minutes: float | None) -> None:
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+
+
+def check_batch_size(rows: int, parts: int, processes: int = 1) -> None:
+    """Raises ``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""
+    if rows % (processes * parts):
+        divisor = "accumulation" if processes == 1 else f"{processes} processes times accumulation"
+        raise ValueError(f"batch_size must be divisible by {divisor}, got {rows} and {parts}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model that is trained."""
@@ -120,12 +142,7 @@ class OptimizerConfig:
     """Largest norm of the gradient over all parameters. A gradient of a larger norm is scaled down to it."""
 
     def check(self) -> None:
-        if self.optimizer_at_switch not in OPTIMIZER_AT_SWITCH:
-            raise ValueError(
-                f"optimizer_at_switch must be one of {OPTIMIZER_AT_SWITCH}, got {self.optimizer_at_switch!r}"
-            )
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive, got {self.clip}")
+        check_updates(self)
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(self.lr, self.warmup, self.decay, self.lr_shape, self.lr_scope)
@@ -163,6 +180,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class LoopConfig:
+    """How the steps of a run are computed, and when it is saved, logged and evaluated."""
+
+    learning_rate: LearningRate  # its peak is the rate that the optimizer came with, for each group of parameters
+    optimizer_at_switch: str
+    clip: float
+    accumulation: int
+    bf16: bool
+    compile: bool
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def check(self) -> None:
+        check_updates(self)
+        check_at_least_one(self, "accumulation")
+        self.checkpoint.check()
+        self.log.check()
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where the run is written, and how it is computed."""
 
@@ -191,8 +228,7 @@ class RunConfig:
         check_at_least_one(self, "accumulation")
         if self.parallel not in PARALLEL_MODES:
             raise ValueError(f"parallel must be one of {PARALLEL_MODES}, got {self.parallel!r}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be positive, got {self.minutes}")
+        check_minutes(self.minutes)
 
 
 @dataclass(frozen=True)
@@ -225,10 +261,20 @@ class TrainConfig:
 
     def check_batch_size(self, processes: int = 1) -> None:
         """``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""
-        rows, parts = self.schedule.batch_size, self.run.accumulation
-        if rows % (processes * parts):
-            divisor = "accumulation" if processes == 1 else f"{processes} processes times accumulation"
-            raise ValueError(f"batch_size must be divisible by {divisor}, got {rows} and {parts}")
+        check_batch_size(self.schedule.batch_size, self.run.accumulation, processes)
+
+    def loop(self) -> LoopConfig:
+        """What the loop over the steps needs to know of these settings."""
+        return LoopConfig(
+            self.optimizer.learning_rate(),
+            self.optimizer.optimizer_at_switch,
+            self.optimizer.clip,
+            self.run.accumulation,
+            self.run.bf16,
+            self.run.compile,
+            self.checkpoint,
+            self.log,
+        )
 
     def document_multiple(self) -> int:
         """The multiple of tokens that documents are padded to: packed ones then begin with a patch in every phase."""

@@ -6,13 +6,16 @@ In a patch phase the loss of each of the K slots is measured too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
-from patchkernels.training.run import Rows, Run
+from patchkernels.data.batches import Rows
+from patchkernels.training.run import Run, count_targets
 
 INITIAL_SPREAD = 0.05  # largest relative deviation of a loss before training from its expected value
 
@@ -26,24 +29,50 @@ def is_time_to_evaluate(run: Run) -> bool:
 
 
 def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
-    """Token-level loss and bits per byte; for K > 1 also the loss of each slot, if a row holds two patches."""
-    (token_loss,) = slot_losses(run, 1)
-    bits = token_loss / math.log(2) / run.corpus.bytes_per_token
-    values: dict[str, Any] = {"validation_loss": token_loss, "validation_bits_per_byte": bits}
-    if patch_size > 1 and has_targets(run, patch_size):
-        values["validation_slot_losses"] = slot_losses(run, patch_size)
+    """Token-level loss, and bits per byte if the bytes are known. For K > 1 also the loss of each slot, if a row holds
+    two patches and the model gives the loss of every target. Nothing if the run has no held-out rows.
+    """
+    if run.held_out is None:
+        return {}
+    with evaluating(run.model):
+        token_loss = slot_losses(run, 1)[0] if run.objective.takes_reduction else mean_loss(run, 1)
+        values: dict[str, Any] = {"validation_loss": token_loss}
+        if run.bytes_per_token is not None:
+            values["validation_bits_per_byte"] = token_loss / math.log(2) / run.bytes_per_token
+        if patch_size > 1 and has_targets(run, patch_size) and run.objective.takes_reduction:
+            values["validation_slot_losses"] = slot_losses(run, patch_size)
     return values
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode inside the block. Afterwards every module has its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def initial_losses(run: Run) -> dict[str, Any]:
     """The loss of held-out rows at every patch size of the run: reduced as in training, and for each slot."""
     sizes = sorted({phase.patch_size for phase in run.schedule.phases})
     measurable = [size for size in sizes if has_targets(run, size)]
-    with torch.no_grad():
-        losses = {
-            str(size): float(run.loss(*next(held_out_parts(run, size)), size, compiled=False)) for size in measurable
-        }
+    losses = {str(size): mean_loss(run, size) for size in measurable}
     return {"initial_losses": losses, "initial_slot_losses": {str(size): slot_losses(run, size) for size in measurable}}
+
+
+@torch.no_grad()
+def mean_loss(run: Run, patch_size: int) -> float:
+    """The loss of the held-out rows, reduced as in training: the mean over all their targets."""
+    total, count = 0.0, 0
+    for rows in held_out_parts(run, patch_size):
+        if targets := int(count_targets(rows, patch_size)):
+            total += float(run.loss(*rows, patch_size, compiled=False)) * targets
+            count += targets
+    return total / max(count, 1)
 
 
 @torch.no_grad()
@@ -59,16 +88,17 @@ def slot_losses(run: Run, patch_size: int) -> list[float]:
 
 def has_targets(run: Run, patch_size: int) -> bool:
     """Whether a held-out row holds two patches, so that the first can predict the second."""
-    return run.config.schedule.context >= 2 * patch_size
+    return run.schedule.context >= 2 * patch_size
 
 
 def held_out_parts(run: Run, patch_size: int) -> Iterator[Rows]:
-    """The held-out rows, ``batch_size`` of them at a time."""
-    length = run.config.schedule.context // patch_size * patch_size
-    batch_size = run.config.schedule.batch_size
+    """The held-out rows, as many at a time as this process computes at a time in training."""
+    assert run.held_out is not None
+    length = run.schedule.context // patch_size * patch_size
+    at_once = run.schedule.batch_size // (run.processes.world_size * run.config.accumulation)
     ids, labels, documents = run.held_out
-    for first in range(0, len(ids), batch_size):
-        part = (slice(first, first + batch_size), slice(length))
+    for first in range(0, len(ids), at_once):
+        part = (slice(first, first + at_once), slice(length))
         yield (
             ids[part].to(run.device),
             labels[part].to(run.device),

@@ -12,7 +12,9 @@ AXES = {"raw_tokens": "raw tokens", "flops": "FLOPs (counted)", "seconds": "trai
 
 
 def plot(log: Path, file: Path) -> None:
-    """Draws the validation loss against raw tokens, counted FLOPs and seconds. Dashed lines mark changes of phase."""
+    """Draws the validation loss against raw tokens, seconds and, where they are known, FLOPs. Dashed lines mark changes
+    of phase.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,8 +23,9 @@ def plot(log: Path, file: Path) -> None:
     switches = [line for line, following in pairwise(lines) if line["phase"] != following["phase"]]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    for panel, (key, label) in zip(panels, AXES.items()):
+    axes = {key: label for key, label in AXES.items() if all(key in line for line in lines)}
+    panels = figure.subplots(1, len(axes), sharey=True)
+    for panel, (key, label) in zip(panels, axes.items()):
         losses = [line["validation_loss"] for line in evaluated]
         panel.plot([line[key] for line in evaluated], losses, marker=".", color="tab:blue")
         for line in switches:

@@ -86,6 +86,34 @@ def environment(device: torch.device) -> Processes:
     return Processes(device, rank, local, world)
 
 
+def current_processes(device: torch.device) -> Processes:
+    """The processes of the process group that the caller has made; without one this process is alone.
+
+    Raises:
+        ValueError: torchrun started several processes, and there is no process group.
+    """
+    if dist.is_initialized():
+        return Processes(device, dist.get_rank(), int(os.environ.get("LOCAL_RANK", 0)), dist.get_world_size())
+    if (world := environment(device).world_size) > 1:
+        raise ValueError(f"torchrun started {world} processes: call torch.distributed.init_process_group() before")
+    return Processes(device)
+
+
+def check_data_parallel(model: nn.Module) -> None:
+    """Raises ``ValueError`` unless FSDP2 or DDP, and these alone, divide the training among several processes."""
+    if not isinstance(model, FSDPModule | DistributedDataParallel):
+        raise ValueError(
+            "on several processes the model must be sharded with torch.distributed.fsdp.fully_shard or wrapped in "
+            f"DistributedDataParallel, got {type(model).__name__}"
+        )
+    for name, parameter in model.named_parameters():
+        if (
+            isinstance(parameter, DTensor)
+            and sum(not placement.is_replicate() for placement in parameter.placements) > 1
+        ):
+            raise ValueError(f"every process reads rows of its own, so that no tensor parallelism is possible: {name}")
+
+
 @contextlib.contextmanager
 def joined(processes: Processes) -> Iterator[None]:
     """Makes the run's GPU the current one, and provides a process group within the block.

@@ -6,75 +6,99 @@ A checkpoint need not keep the phase, the learning rate or the position in the t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from patchkernels.data.batches import Batches, read_rows, validation_rows
-from patchkernels.data.corpus import Corpus
-from patchkernels.model.cost import step_flops
-from patchkernels.model.patch_lm import PatchLM, patch_targets
+from patchkernels.data.batches import Rows
+from patchkernels.model.patch_lm import patch_targets
 from patchkernels.numerics import IGNORE_INDEX
-from patchkernels.schedule import Phase
+from patchkernels.schedule import Phase, Schedule
 from patchkernels.training.checkpoint import load_checkpoint, read_state, save_checkpoint, save_distributed
-from patchkernels.training.config import TrainConfig, flat_settings
-from patchkernels.training.processes import Processes, full_tensor, parallelize, synchronized
+from patchkernels.training.config import LoopConfig
+from patchkernels.training.objective import Objective, synchronizing_module, unwrapped
+from patchkernels.training.processes import Processes, full_tensor, synchronized
 from patchkernels.training.stop import StopRequest
-
-Rows = tuple[Tensor, Tensor, Tensor | None]  # token ids, labels and, if documents are packed, document ids; each (B, T)
 
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm is not finite. The parameters were not updated with this gradient."""
 
 
-class Run:
-    """The model, the optimizer and the step of a run, and the rows that it reads."""
+class Batches(Protocol):
+    """What a run reads."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, processes: Processes, stop: StopRequest) -> None:
-        self.config, self.corpus, self.processes, self.stop = config, corpus, processes, stop
-        self.device, self.out = processes.device, Path(config.run.out)
-        self.schedule = schedule = config.schedule.schedule(len(corpus.train))
-        self.learning_rate = config.optimizer.learning_rate()
-        context, seed, packed = config.schedule.context, config.run.seed, config.run.packed_documents
-        self.architecture = config.model.architecture(
-            vocab_size=corpus.vocab_size,
-            max_position_embeddings=max(context, *(schedule.positions(phase) for phase in schedule.phases)),
-            attention=config.run.attention,
-        )
-        torch.manual_seed(seed)  # the same weights in every process
-        self.model = PatchLM(self.architecture).to(self.device)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.parallel_model = parallelize(self.model, self.model.model.layers, config.run.parallel, processes)
-        self.compiled_model = (
-            torch.compile(self.parallel_model, dynamic=False) if config.run.compile else self.parallel_model
-        )
-        torch.manual_seed(seed + 1 + processes.rank)
-        self.optimizer = self.new_optimizer()
-        self.batches = Batches(
-            corpus.train, schedule, seed, packed=packed, rank=processes.rank, world_size=processes.world_size
-        )
-        held_out = validation_rows(corpus.validation, context, config.log.eval_rows)
-        self.held_out: Rows = read_rows(corpus.validation, held_out, context, packed)
-        self.step_flops = step_flops(self.architecture, schedule)
+    labels_are_ids: bool  # whether every token of every row is a target
+
+    def batch(self, step: int) -> Rows:
+        """This process's rows of a step. The same step gives the same rows."""
+        ...
+
+
+class Run:
+    """The model, the optimizers and the step of a run, and the rows that it reads.
+
+    Args:
+        out: the run's folder.
+        model: or a wrapper of it: DistributedDataParallel, torch.compile.
+        optimizers: of the model's parameters.
+        batches: what every step reads.
+        schedule: the steps.
+        identity: settings by name that a checkpoint and the run that resumes it must share.
+        held_out: rows that the validation loss is measured on.
+        step_flops: of one step, for each phase.
+        bytes_per_token: of the held-out rows.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        batches: Batches,
+        schedule: Schedule,
+        config: LoopConfig,
+        identity: dict[str, Any],
+        processes: Processes,
+        stop: StopRequest,
+        *,
+        held_out: Rows | None = None,
+        step_flops: list[int] | None = None,
+        bytes_per_token: float | None = None,
+    ) -> None:
+        self.out, self.config, self.identity = out, config, identity
+        self.processes, self.device, self.stop = processes, processes.device, stop
+        self.model, self.parallel_model = unwrapped(model), synchronizing_module(model)
+        self.compiled_model: Any = torch.compile(model, dynamic=False) if config.compile else model
+        self.objective = Objective(self.model)
+        self.optimizers = list(optimizers)
+        self.peaks = [dataclasses.replace(config.learning_rate, peak=float(group["lr"])) for group in self.groups]
+        self.batches, self.schedule, self.held_out = batches, schedule, held_out
+        self.step_flops, self.bytes_per_token = step_flops, bytes_per_token
         self.step = 0  # optimizer steps done so far
         self.step_seconds = 0.0  # duration of the last step
         self.seconds = 0.0  # duration of all steps, without compiling, evaluation and saving
         self.compile_seconds = 0.0
         self.warm_phases: set[int] = set()
 
-    def new_optimizer(self) -> torch.optim.AdamW:
-        """AdamW without any state yet. The weights of norms do not decay."""
-        settings = self.config.optimizer
-        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups of parameters of all optimizers. Loading a checkpoint makes new ones."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def set_rates(self, rates: list[float]) -> None:
+        """Sets the learning rate of every group."""
+        for group, rate in zip(self.groups, rates):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     @property
     def finished(self) -> bool:
@@ -91,23 +115,33 @@ class Run:
         It is called before every step. The reset happens only where a phase begins, the warm-up once for each phase.
         """
         index, steps_done = self.schedule.locate(self.step)
-        if steps_done == 0 and self.step > 0 and self.config.optimizer.optimizer_at_switch == "reset":
-            self.optimizer = self.new_optimizer()
+        if steps_done == 0 and self.step > 0 and self.config.optimizer_at_switch == "reset":
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
         if index not in self.warm_phases:
             self.warm_up()
             self.warm_phases.add(index)
 
     def warm_up(self) -> None:
-        """Runs forward and backward once and throws the gradients away.
+        """Runs forward and backward once, and restores what they change: gradients, buffers and the random state.
 
         Compiling and first allocations then happen here, so that their time is not counted as training.
         """
         began = time.perf_counter()
-        self.loss(*self.read()[0], self.phase.patch_size).backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self.loss(*self.read()[0], self.phase.patch_size).backward()
+        self.zero_grad()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.compile_seconds += time.perf_counter() - began
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     @property
     def phase(self) -> Phase:
@@ -124,7 +158,7 @@ class Run:
 
     def read(self) -> list[Rows]:
         """The rows of this process for the next step, split into ``accumulation`` parts."""
-        count = self.config.run.accumulation
+        count = self.config.accumulation
         tensors = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
         return list(zip(*([None] * count if t is None else t.chunk(count) for t in tensors)))
 
@@ -134,39 +168,38 @@ class Run:
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
-        phase, learning_rate = self.phase, self.learning_rate.at(self.step, self.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        phase, rates = self.phase, [peak.at(self.step, self.schedule) for peak in self.peaks]
+        self.set_rates(rates)
         total = torch.zeros((), device=self.device)
         for index, (rows, share) in enumerate(zip(parts, self.shares(parts, phase))):
             with synchronized(self.parallel_model, last=index + 1 == len(parts)):
                 loss = self.loss(*rows, phase.patch_size) * share
                 loss.backward()
             total += loss.detach()
-        gradient_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip))
+        gradient_norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         flags = [torch.tensor(flag) for flag in self.stop.flags()]
         mean_loss, mean_norm, signalled, late = self.processes.mean(total, gradient_norm, *flags)
         self.stop.agree(signalled, late)
         if not (math.isfinite(mean_loss) and math.isfinite(mean_norm)):
             raise NonFiniteError(
-                f"step {self.step + 1}: loss {mean_loss}, gradient norm {mean_norm}, lr {learning_rate:.3g}; stopped "
-                "before the update. The last checkpoint is from before: a smaller --lr needs a new run"
+                f"step {self.step + 1}: loss {mean_loss}, gradient norm {mean_norm}, lr {rates[0]:.3g}; stopped "
+                "before the update. The last checkpoint is from before: a smaller lr needs a new run"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.zero_grad()
         self.step += 1
-        return {"loss": mean_loss, "grad_norm": mean_norm, "lr": learning_rate}
+        return {"loss": mean_loss, "grad_norm": mean_norm, "lr": rates[0]}
 
     def shares(self, parts: list[Rows], phase: Phase) -> list[float]:
         """The weight of each part's mean loss within the loss of the step.
 
         The weighted sum over parts, averaged over processes, is the mean over all targets of the step. The weights are
-        equal unless documents are packed, since the parts then hold different numbers of targets.
+        equal unless labels may be ignored, since the parts then hold different numbers of targets.
         """
-        if not self.config.run.packed_documents:
+        if self.batches.labels_are_ids:
             return [1 / len(parts)] * len(parts)
-        targets = [patch_targets(labels, phase.patch_size, documents) for _, labels, documents in parts]
-        counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
+        counts = torch.stack([count_targets(part, phase.patch_size) for part in parts])
         (mean_count,) = self.processes.mean(counts.sum())
         return [count / max(mean_count, 1) for count in counts.tolist()]
 
@@ -180,16 +213,15 @@ class Run:
         compiled: bool = True,
     ) -> Tensor:
         """The model's loss on these rows, under autocast if the run computes in bf16."""
-        model = self.compiled_model if compiled else self.model
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.bf16):
-            loss: Tensor = model(ids, labels, patch_size, reduction, documents)
-        return loss
+        module: nn.Module = self.compiled_model if compiled else self.parallel_model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return self.objective(module, ids, labels, patch_size, reduction, documents)
 
     def flops(self) -> int:
-        """Counted FLOPs of the steps so far."""
+        """Counted FLOPs of the steps so far, 0 if those of a step are not known."""
         ranges = zip(self.schedule.starts, self.schedule.steps)
         done = [min(max(self.step - start, 0), steps) for start, steps in ranges]
-        return sum(steps * flops for steps, flops in zip(done, self.step_flops))
+        return sum(steps * flops for steps, flops in zip(done, self.step_flops or []))
 
     def progress(self) -> dict[str, Any]:
         """Step, phase, raw tokens, FLOPs and seconds of the run so far; after a step also the speed of that step."""
@@ -197,7 +229,8 @@ class Run:
         phase, raw_tokens = self.schedule.phases[index], self.schedule.raw_tokens(self.step)
         values = {
             "step": self.step, "phase": index + 1, "patch_size": phase.patch_size, "raw_tokens": raw_tokens,
-            "flops": self.flops(), "seconds": self.seconds, "compile_seconds": self.compile_seconds,
+            **({"flops": self.flops()} if self.step_flops else {}),
+            "seconds": self.seconds, "compile_seconds": self.compile_seconds,
         }  # fmt: skip
         if self.step > 0:
             row_count, seconds = self.schedule.batch_size, self.step_seconds
@@ -209,12 +242,9 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint, all processes together."""
-        state = {
-            "config": self.config.identity(), "corpus": self.corpus.digest, "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds,
-        }  # fmt: skip
+        state = {"identity": self.identity, "seconds": self.seconds, "compile_seconds": self.compile_seconds}
         save = save_distributed if self.processes.world_size > 1 else save_checkpoint
-        save(self.out / "checkpoints", self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
+        save(self.out / "checkpoints", self.step, self.model, self.optimizers, state, self.config.checkpoint.keep)
 
     def restore(self, checkpoint: Path) -> None:
         """Resumes from a checkpoint.
@@ -223,12 +253,17 @@ class Run:
             ValueError: the checkpoint is of another configuration or another text, or it is damaged.
         """
         state = read_state(checkpoint)
-        saved = {**flat_settings(state["config"]), "corpus": state["corpus"]}
-        current = {**flat_settings(self.config.identity()), "corpus": self.corpus.digest}
+        saved, current = state.get("identity", {}), self.identity
         differing = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
         if differing:
             changes = ", ".join(f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here" for name in differing)
             raise ValueError(f"the checkpoint {checkpoint} is of another configuration ({changes})")
-        load_checkpoint(checkpoint, self.model, self.optimizer)
+        load_checkpoint(checkpoint, self.model, self.optimizers)
         self.step, self.seconds = state["step"], state["seconds"]
         self.compile_seconds = state["compile_seconds"]
+
+
+def count_targets(rows: Rows, patch_size: int) -> Tensor:
+    """The number of targets of these rows that are not ignored, a scalar."""
+    _, labels, documents = rows
+    return (patch_targets(labels, patch_size, documents) != IGNORE_INDEX).sum()

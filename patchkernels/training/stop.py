@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -28,7 +29,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block, SIGTERM and SIGINT are recorded and do not end the process in the middle of a step."""
+        """Within the block, SIGTERM and SIGINT are recorded and do not end the process in the middle of a step.
+
+        In a thread other than the main one, where Python allows no handlers of signals, they do what they did before.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def note(number: int, frame: FrameType | None) -> None:
             self.code = 128 + number

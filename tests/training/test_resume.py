@@ -114,7 +114,11 @@ def test_sigterm_saves_and_exits(config):
 def test_a_signal_after_the_last_step_stops_the_caller_when_all_is_saved(config, monkeypatch):
     finish = train_module.finish
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "finish", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), finish(*args)))
+        patch.setattr(
+            train_module,
+            "finish",
+            lambda *args, **kwargs: (os.kill(os.getpid(), signal.SIGTERM), finish(*args, **kwargs)),
+        )
         with pytest.raises(Stopped) as stopped:
             train(config)
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -151,7 +155,7 @@ def test_out_of_time_saves_and_goes_on(config, tmp_path, monkeypatch):
     assert_same_run(run, straight)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
 def test_corrupt_checkpoint(config, monkeypatch, file):
     with monkeypatch.context() as patch:
         stop_at(patch, 8)
