@@ -142,7 +142,7 @@ def take_steps(run: Run, checkpoint: Path | None) -> None:
     try:
         if checkpoint:
             run.restore(checkpoint)
-        loop(run, type(run.model).__name__, measure_start, finish)
+        loop(run, type(run.model).__name__.removeprefix("FSDP"), measure_start, finish)  # fully_shard adds the prefix
     finally:
         run.set_rates([peak.peak for peak in run.peaks])
 
