@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from patchkernels.data.batches import Rows
 from patchkernels.hf.rows import PatchRows, PatchStream
@@ -38,7 +39,8 @@ class CheckedRows:
     def __init__(self, rows: Any) -> None:
         if isinstance(rows, Mapping | str | bytes) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
             raise TypeError(f"rows must be a dataset or an iterable of rows of token ids, got {type(rows).__name__}")
-        self.has_length = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+        is_stream = isinstance(rows, IterableDataset)  # it has a __getitem__, which raises
+        self.has_length = not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
         self.rows, self.context = rows, 0
         self.is_iterator = not self.has_length and iter(rows) is rows  # can be read only once
         if self.has_length:
@@ -77,12 +79,16 @@ class CheckedRows:
         ids, labels, mask = (fields.get(name) for name in ("input_ids", "labels", "attention_mask"))
         ids = as_tensor(ids)
         labels = ids if labels is None else as_tensor(labels)
-        shape = (self.context or max(ids.numel(), 1),)
         for name, tensor in (("input_ids", ids), ("labels", labels)):
-            if tensor.shape != shape or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim != 1 or not len(tensor):
                 raise ValueError(
-                    f"row {number}: {name} must be {shape[0]} token ids, as many as in the first row; got "
-                    f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                    f"row {number}: {name} must be the token ids of one row, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+            if len(tensor) != (self.context or len(ids)):
+                raise ValueError(
+                    f"row {number}: {name} must be {self.context or len(ids)} token ids, as many as in the first row, "
+                    f"got {len(tensor)}"
                 )
         if mask is not None:
             labels = labels.masked_fill(as_tensor(mask) == 0, IGNORE_INDEX)

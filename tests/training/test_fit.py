@@ -15,6 +15,7 @@ from distributed import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from patchkernels import PatchEmbedding, PatchLM, PatchLMConfig, PatchLMHead, next_patch_targets
 from patchkernels.training import NonFiniteError, fit
@@ -133,8 +134,11 @@ def test_the_losses_and_weights_of_a_loop_written_by_hand(tmp_path):
     assert model.training and (tmp_path / "plot.png").is_file()
 
 
-class Stream:
+class Stream(IterableDataset):
     """Rows that can only be read in order, from the beginning each time, as dictionaries with labels."""
+
+    def __len__(self):
+        return 20
 
     def __iter__(self):
         for row in token_rows(20):
@@ -314,9 +318,11 @@ class NoPatches(nn.Linear):
         ({"rows": lambda: datasets.DatasetDict()}, TypeError, "got DatasetDict"),
         ({"rows": list}, ValueError, "there are no rows"),
         ({"rows": lambda: iter([])}, ValueError, "there are no rows"),
-        ({"rows": lambda: [[0.5, 1.0]]}, ValueError, "row 0: input_ids must be 2 token ids.*torch.float64"),
+        ({"rows": lambda: [[0.5, 1.0]]}, ValueError, r"row 0: input_ids must be the token ids.*torch.float64"),
+        ({"rows": lambda: [token_rows(2)]}, ValueError, r"row 0: input_ids must be the token ids of one row.*\(2, 8\)"),
+        ({"rows": lambda: [{"input_ids": [1, 2], "labels": [1]}]}, ValueError, "row 0: labels must be 2 .*got 1"),
         ({"rows": lambda: [{"text": "abc"}]}, ValueError, r"row 0 must hold input_ids, got \['text'\]"),
-        ({"rows": lambda: [[1, 2, 3, 4], [1, 2, 3]], "validation": None}, ValueError, r"row 1: input_ids .*\(3,\)"),
+        ({"rows": lambda: [[1, 2, 3, 4], [1, 2, 3]], "validation": None}, ValueError, "row 1: .* must be 4 .*got 3"),
         ({"rows": Stream, "tokens": None}, ValueError, "rows without a length need tokens"),
         ({"tokens": float("nan")}, ValueError, "tokens must be positive and finite, got nan"),
         ({"validation": lambda: torch.zeros(2, 5, dtype=torch.long)}, ValueError, "must have 8 tokens, .* got 5"),
