@@ -39,18 +39,23 @@ test-triton-%: $(VENV)/.installed-dev
 		tests/kernels/test_configurations.py tests/kernels/test_compiled.py $(ARGS)
 
 # For single tests, installed outside of the environment since they conflict with it: the oldest transformers that we
-# support, and torchtitan, which excludes our version of datasets.
+# support, the newest with TRL, which Python 3.10 does not have, and torchtitan, which excludes our version of datasets.
 OLDEST = transformers==5.0.0 accelerate==1.10.0 huggingface-hub==1.33.0 tokenizers==0.22.2 typer-slim==0.24.0 \
 	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
+NEWEST = 'transformers==5.24.0; python_version >= "3.11"' 'trl==1.16.0; python_version >= "3.11"'
 TORCHTITAN = torchtitan==0.3.0 spmd_types==0.2.3 torchdata==0.11.0 torch_checkpointing==0.1.1 tensorboard==2.21.0 \
 	absl-py==2.5.1 protobuf==7.36.2
 OTHERS = $(abspath $(VENV))-others
 
 test-others: $(VENV)/.installed-dev
 	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/oldest $(OLDEST)
+	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/newest $(NEWEST)
 	$(PIP) install --quiet --upgrade --no-deps --target $(OTHERS)/torchtitan $(TORCHTITAN)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/oldest $(BIN)/pytest -p no:benchmark --numprocesses 2 \
 		tests/hf $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/newest $(BIN)/pytest -p no:benchmark --numprocesses 2 \
+		tests/hf/test_trl.py tests/hf/test_trainer.py tests/hf/test_trainer_batches.py tests/hf/test_rows.py \
+		tests/hf/test_enable.py tests/hf/test_patch_step.py -k "not processes and not threads" $(ARGS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OTHERS)/torchtitan $(BIN)/pytest -p no:benchmark --numprocesses 2 \
 		tests/test_torchtitan.py $(ARGS)
 

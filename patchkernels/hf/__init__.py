@@ -13,9 +13,10 @@ The classes of the model, its embedding and its head are swapped for subclasses 
 
 from typing import Any
 
+from patchkernels.hf.collator import PatchCollator
 from patchkernels.hf.enable import disable, enable, is_fused, token_level, unwrap
-from patchkernels.hf.patch_step import PatchSizeError
-from patchkernels.hf.rows import PatchCollator, PatchRows, PatchStream, example_schedule
+from patchkernels.hf.patch_arguments import PatchSizeError
+from patchkernels.hf.rows import PatchRows, PatchStream, example_schedule
 
 __all__ = [
     "PatchCollator",

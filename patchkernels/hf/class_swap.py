@@ -30,13 +30,19 @@ class SwappedClass:
         return new_instance, (cls._patch_original_class, cls._patch_mixin), self.__dict__.copy()
 
     def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(
-            "nn.DataParallel runs replicas in threads, which share a patch step; run one process per GPU (torchrun)"
-        )
+        raise RuntimeError("an enabled model takes no nn.DataParallel; run one process per GPU (torchrun)")
 
 
 def swap_class(module: Any, mixin: Any, state: Any) -> None:
-    """Puts ``mixin`` before the class of ``module``; the mixin's methods find ``state`` as ``self._patch_state``."""
+    """Puts ``mixin`` before the class of ``module``; the mixin's methods find ``state`` as ``self._patch_state``.
+
+    Raises:
+        ValueError: the module has that mixin already, with another state.
+    """
+    if isinstance(module, mixin):
+        raise ValueError(
+            f"a {type(module).__name__} of this model is part of another enabled model; disable that first"
+        )
     original_class: Any = type(module)
     module.__class__ = swapped_class(original_class, mixin)
     module._patch_state = state

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from patchkernels.hf.class_swap import restore_class, swap_class
-from patchkernels.hf.modules import LossHeadMixin, PatchEmbeddingMixin, PatchSettings, PatchState, runs_forward_of
+from patchkernels.hf.attach import attach, detach
+from patchkernels.hf.class_swap import swap_class
+from patchkernels.hf.modules import PatchState
 from patchkernels.hf.patch_step import PatchSizeMixin, PatchStepMixin
-from patchkernels.hf.probe import describe, find_logit_map, inexactness, probe_ids, token_loss
+from patchkernels.hf.probe import find_step
 from patchkernels.numerics import check_patch_size
 
 logger = logging.getLogger("patchkernels")
@@ -35,14 +36,24 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
     right, and packed documents (``position_ids``) begin on patch boundaries. If the loss is fused (:func:`is_fused`),
     the output has no logits.
 
-    A model that is not enabled yet is run 3 to 6 times on 6 tokens, without gradients:
+    A patch step must be exact: the unchanged model applied to mean embeddings, with the K-token cross entropy of its
+    logits. A model that is not enabled yet is examined for that, without running or changing it: its weights, dtype,
+    device, hooks, buffers and training mode stay as they are, as do all random states. What runs is a copy in fp32
+    without hooks, with random numbers added to all weights, on some dozen tokens, about 15 times. Found out are
 
-    - if its head is a plain ``nn.Linear``, with known numbers as the head's output, to find out what the model does to
-      them before it calls its loss function;
-    - on the tokens, for the loss that a patch step is compared with;
-    - if the first run allows it, with the loss in the head: on every token twice in patches of two, which must give
-      the loss of the tokens, and on patches of different tokens, which must run without an error;
-    - if that was not possible or not exact, the same with the loss computed from the model's logits.
+    - whether the loss is the mean cross entropy of the logits, computed by ``self.loss_function``, which a patch step
+      replaces, plus losses that do not depend on the labels;
+    - whether the model is causal;
+    - whether tokens that are each repeated give the loss, the loss of every target and all gradients of the tokens,
+      in patches of 2 and 3, and different tokens those of mean embeddings in the unmodified model. The loss is
+      computed in the head if that is exact, else from the model's logits.
+
+    The copy has all weights if these are at most 2**24 parameters. Of a larger model, and of one on the meta device,
+    sharded (FSDP2, tensor parallelism, ZeRO-3) or quantised, a tiny model of the same class and configuration takes
+    its place, with the same adapters of PEFT, if it consists of the same modules; if not, a copy of the first layers,
+    with all kinds of layers, of at most 2**29 parameters. A tiny model takes less than a second, and so does a large
+    one for which a tiny one stands; a copy of 2**24 parameters takes some seconds on one core, and a copy of 2**29
+    minutes and 10 GiB.
 
     Args:
         model: a causal language model of transformers, or PEFT's wrapper of one.
@@ -54,8 +65,11 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
         the model itself.
 
     Raises:
-        TypeError: not a causal language model of transformers: another class, no output head, an encoder-decoder.
-        ValueError: K < 1, an unknown reduction, or a model in which no patch step is exact, with the reason.
+        TypeError: not a causal language model of transformers: another class, no output head or several, an
+            encoder-decoder.
+        ValueError: K < 1, an unknown reduction, or a model in which no patch step is exact, with the reason, or whether
+            one is exact cannot be found out, because the model is large or sharded and made of other modules than its
+            configuration says.
         ImportError: transformers older than 5.0.
     """
     import transformers
@@ -68,15 +82,21 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
         raise TypeError(f"expected a transformers PreTrainedModel, got {name}")
     if inner.config.is_encoder_decoder:
         raise TypeError(f"{name} is an encoder-decoder; patches need a causal language model")
-    if not isinstance(inner.get_output_embeddings(), nn.Module):
-        raise TypeError(f"{name} has no output head (get_output_embeddings() is {inner.get_output_embeddings()})")
+    head = inner.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"{name} has no output head (get_output_embeddings() is {head})")
+    if isinstance(head, nn.ModuleList):
+        raise TypeError(f"{name} has {len(head)} output heads, one for each of several kinds of tokens; expected one")
     if reduction not in ("mean", "slot_mean"):
         raise ValueError(f"reduction must be 'mean' or 'slot_mean', got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check_patch_size(patch_size)
     if not isinstance(inner, PatchStepMixin):
-        attach_patch_step(inner, name)
+        kind = find_step(inner)
+        attach(inner, kind)
+        if kind.logit_map is None:
+            logger.warning("%s: the loss is computed from materialised logits: it is not exact in the head", name)
     state: Any = inner._patch_state
     state.settings.patch_size = patch_size
     state.settings.reduction = reduction
@@ -86,53 +106,9 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
     return model
 
 
-def attach_patch_step(model: Any, name: str) -> None:
-    """Swaps the classes of the model, its embedding and its head for an exact patch step.
-
-    Raises:
-        ValueError: no patch step is exact. The model is left as it was.
-    """
-    state = PatchState(PatchSettings())
-    swap_class(model, PatchStepMixin, state)
-    try:
-        embedding = model.get_input_embeddings()
-        is_plain_embedding = runs_forward_of(embedding, nn.Embedding)
-        if is_plain_embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:
-            swap_class(embedding, PatchEmbeddingMixin, state)
-        reason = find_exact_loss(model, state, probe_ids(model))
-        if reason:
-            raise ValueError(f"no patch step of {name} is exact: {reason}")
-    except Exception:
-        disable(model)
-        raise
-    if state.settings.logit_map is None:
-        logger.warning("%s: the loss is computed from materialised logits: it is not exact in the head", name)
-
-
-def find_exact_loss(model: Any, state: PatchState, ids: Tensor) -> str:
-    """Makes patch steps compute the loss in the head if that is exact, and otherwise from the model's logits.
-
-    Returns why neither is exact, or an empty string.
-    """
-    settings, head = state.settings, model.get_output_embeddings()
-    settings.logit_map = find_logit_map(model, ids)
-    try:
-        expected = token_loss(model, ids)
-    except Exception as error:
-        return describe(error)
-    if settings.logit_map is not None:
-        swap_class(head, LossHeadMixin, state)
-        if not inexactness(model, ids, expected):
-            return ""
-        restore_class(head)
-        settings.logit_map = None
-    return inexactness(model, ids, expected)
-
-
 def disable(model: Model) -> Model:
     """Restores the classes of the model and its modules. Has no effect on a model that is not enabled."""
-    for module in list(model.modules()):
-        restore_class(module)
+    detach(model)
     return model
 
 

@@ -6,6 +6,9 @@ the modules do what they did before.
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,12 +49,54 @@ class PatchStep:
 
 
 @dataclass
-class PatchState:
-    """The state that an enabled model shares with its embedding, its head and PEFT's wrapper."""
+class PatchCalls:
+    """The calls of a model by one thread."""
 
-    settings: PatchSettings
-    step: PatchStep | None = None  # while a patch step runs
-    last_step: PatchStep | None = None  # the last one that ended, for logging the loss of each slot
+    step: PatchStep | None = None
+    last_step: PatchStep | None = None
+
+
+class ThreadCalls(threading.local):
+    """The :class:`PatchCalls` of the thread that asks."""
+
+    def __init__(self) -> None:
+        self.calls = PatchCalls()
+
+
+class PatchState:
+    """The state that an enabled model shares with its embedding, its head and PEFT's wrapper.
+
+    The settings are those of the model. The steps are those of the calling thread, so that several threads can run
+    one model. A copy has settings of its own and no steps.
+    """
+
+    def __init__(self, settings: PatchSettings) -> None:
+        self.settings = settings
+        self._threads = ThreadCalls()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def step(self) -> PatchStep | None:
+        """The patch step that runs, None outside of one."""
+        return self._threads.calls.step
+
+    @step.setter
+    def step(self, value: PatchStep | None) -> None:
+        self._threads.calls.step = value
+
+    @property
+    def last_step(self) -> PatchStep | None:
+        """The last patch step that ended, for logging the loss of each slot."""
+        return self._threads.calls.last_step
+
+    @last_step.setter
+    def last_step(self, value: PatchStep | None) -> None:
+        self._threads.calls.last_step = value
 
 
 class PatchEmbeddingMixin(SwappedClass):
@@ -92,6 +137,8 @@ class LossHeadMixin(SwappedClass):
         if step is None or not step.fused:
             logits: Tensor = super().forward(input)  # type: ignore[misc]
             return logits
+        if step.losses is not None:
+            raise RuntimeError("the model called its head twice in a patch step, which computes one loss there")
         assert settings.logit_map is not None
         scale, softcap = settings.logit_map
         loss, step.losses = linear_patch_cross_entropy(
@@ -138,3 +185,24 @@ def runs_forward_of(module: Any, cls: type[nn.Module]) -> bool:
         return False
     candidates = (c for c in type(module).__mro__ if "forward" in c.__dict__ and not issubclass(c, SwappedClass))
     return next(candidates, None) is cls
+
+
+def has_foreign_hooks(module: Any) -> bool:
+    """Whether hooks read or change what the module returns, or the gradient of that.
+
+    In a patch step such a hook on the head would receive the loss, and one on the embedding the means of patches. The
+    hooks of torch.distributed, as of FSDP2, do not mind.
+    """
+    hooks: tuple[Iterable[Any], ...] = (
+        module._forward_hooks.values(),
+        module._backward_hooks.values(),
+        module._backward_pre_hooks.values(),
+    )
+    return any(not module_of(hook).startswith("torch.distributed") for group in hooks for hook in group)
+
+
+def module_of(function: Any) -> str:
+    """The name of the module that defines a function, a method, a partial call or the class of a callable."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", ""))

@@ -1,4 +1,4 @@
-"""A training set as the rows of one run through all phases, and the collator that cuts a batch of rows into patches.
+"""A training set as the rows of one run through all phases.
 
 A row is one entry of a batch. With constant positions per step it is K examples one after the other in a phase of patch
 size K; with constant raw tokens per step it is one example. Which examples a row holds depends only on its number, so
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from patchkernels.numerics import IGNORE_INDEX
-from patchkernels.ops.targets import next_patch_targets
 from patchkernels.schedule import Phase, Schedule, cost_of
 
 
@@ -126,13 +124,22 @@ class PatchStream(IterableDataset[dict[str, Any]]):
 
 
 def join(examples: list[dict[str, Any]], patch_size: int) -> dict[str, Any]:
-    """One row: the examples one after the other without their padding, and the patch size of its phase."""
-    pairs = [unpadded(example) for example in examples]
-    return {
-        "input_ids": torch.cat([ids for ids, _ in pairs]),
-        "labels": torch.cat([labels for _, labels in pairs]),
-        "patch_size": patch_size,
-    }
+    """One row: the examples one after the other without their padding, and the patch size of its phase.
+
+    The row has labels if an example has them; otherwise the collator makes them. If the examples are packed, which
+    ``position_ids`` (T) or ``seq_lengths`` (the lengths of their documents, as in TRL) say, the row is packed too.
+    """
+    parts = [unpadded(example) for example in examples]
+    row: dict[str, Any] = {"input_ids": torch.cat([ids for ids, _ in parts]), "patch_size": patch_size}
+    if any(example.get("labels") is not None for example in examples):
+        row["labels"] = torch.cat([labels for _, labels in parts])
+    lengths = [document_lengths(example, len(ids)) for example, (ids, _) in zip(examples, parts)]
+    for name in ("seq_lengths", "position_ids"):
+        if any(example.get(name) is not None for example in examples):
+            row[name] = [length for of_example in lengths for length in of_example]
+    if "position_ids" in row:
+        row["position_ids"] = document_positions(row["position_ids"])
+    return row
 
 
 def unpadded(example: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -149,61 +156,45 @@ def unpadded(example: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def unpack(example: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, labels (by default the ids) and attention mask (by default everything, as bool) of an example."""
-    ids = torch.as_tensor(example["input_ids"])
+    ids = integers("input_ids", example["input_ids"])
     labels, mask = example.get("labels"), example.get("attention_mask")
-    labels = ids if labels is None else torch.as_tensor(labels)
+    labels = ids if labels is None else integers("labels", labels)
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
     return ids, labels, mask
 
 
-class PatchCollator:
-    """Makes a batch of rows. In a patch phase it adds ``shift_labels`` (B, P, K), which make it a patch step.
+def integers(name: str, values: Any) -> Tensor:
+    """An int64 tensor of a sequence of integers, which may be empty."""
+    tensor = torch.as_tensor(values)
+    if tensor.dtype.is_floating_point and tensor.numel():
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    return tensor.long()
 
-    Args:
-        collate: turns a list of rows into a batch with ``labels``. By default rows are padded on the right.
-        pad_token_id: the token of the padding, whose labels are ignored.
+
+def document_lengths(example: dict[str, Any], length: int) -> list[int]:
+    """The numbers of tokens of an example's documents. The example is ``length`` tokens without its padding.
 
     Raises:
-        ValueError: rows of several patch sizes, or a ``collate`` that gives no labels.
+        ValueError: the documents of ``seq_lengths`` are longer or shorter than the example, or ``position_ids`` do not
+            count from 0 in every document.
     """
+    if example.get("seq_lengths") is not None:
+        lengths = [int(number) for number in example["seq_lengths"]]
+        if sum(lengths) != length:
+            raise ValueError(f"seq_lengths must add up to the {length} tokens of the example, got {lengths}")
+        return lengths
+    if example.get("position_ids") is None or not length:
+        return [length]
+    mask = example.get("attention_mask")
+    positions = integers("position_ids", example["position_ids"])
+    positions = positions if mask is None else positions[torch.as_tensor(mask).bool()]
+    begins = (positions == 0).nonzero().flatten().tolist()
+    lengths = [end - begin for begin, end in zip(begins, [*begins[1:], length])]
+    if not torch.equal(positions, document_positions(lengths)):
+        raise ValueError(f"position_ids must count from 0 in every document, got {positions.tolist()}")
+    return lengths
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], Any] | None = None, pad_token_id: int = 0) -> None:
-        self.collate, self.pad_token_id = collate or self.pad_right, pad_token_id
 
-    def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        patch_sizes = {row.get("patch_size", 1) for row in rows}
-        if len(patch_sizes) > 1:
-            raise ValueError(f"the rows of a batch must be of one patch size, got {sorted(patch_sizes)}")
-        (patch_size,) = patch_sizes
-        batch = dict(self.collate([{name: row[name] for name in row if name != "patch_size"} for row in rows]))
-        if patch_size == 1:
-            return batch
-        if "labels" not in batch:
-            raise ValueError(f"the collator must give labels, got {sorted(batch)}")
-        self.fill_last_patch(batch, patch_size)
-        batch["shift_labels"] = next_patch_targets(batch["labels"], patch_size)
-        return batch
-
-    def fill_last_patch(self, batch: dict[str, Any], patch_size: int) -> None:
-        """Pads every tensor (B, T) of the batch on the right until T is divisible by the patch size."""
-        length = batch["input_ids"].shape[1]
-        missing = -length % patch_size
-        if not missing:
-            return
-        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
-        for name, value in batch.items():
-            if isinstance(value, Tensor) and value.shape[1:] == (length,):
-                batch[name] = torch.nn.functional.pad(value, (0, missing), value=fill.get(name, 0))
-
-    def pad_right(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if not isinstance(rows[0]["input_ids"], Sized):
-            raise ValueError(f"input_ids must be a sequence of token ids, got {rows[0]['input_ids']!r}")
-        ids, labels, masks = (list(tensors) for tensors in zip(*(unpack(row) for row in rows)))
-        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        mask = pad(masks, padding_value=False)
-        batch = {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),
-            "labels": pad(labels, padding_value=IGNORE_INDEX).masked_fill(~mask, IGNORE_INDEX),
-        }
-        return batch if bool(mask.all()) else {**batch, "attention_mask": mask.long()}
+def document_positions(lengths: list[int]) -> Tensor:
+    """Position ids that count from 0 in each of the documents of these lengths."""
+    return torch.cat([torch.arange(length) for length in [0, *lengths]])

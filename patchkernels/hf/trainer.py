@@ -7,8 +7,8 @@ Trainer's own: its arguments, optimizer, checkpoints, accumulation, DDP and FSDP
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import SequentialLR
-from torch.utils.data import IterableDataset, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import SequentialSampler
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from patchkernels.files import replace_file
+from patchkernels.hf.collator import PatchCollator
 from patchkernels.hf.enable import enable, unwrap
+from patchkernels.hf.meters import Meters
 from patchkernels.hf.modules import PatchState
-from patchkernels.hf.rows import (
-    PatchCollator,
-    PatchRows,
-    PatchStream,
-    example_schedule,
-    examples_before,
-    examples_of_steps,
+from patchkernels.hf.phase_callback import PhaseCallback
+from patchkernels.hf.rows import PatchRows, PatchStream, example_schedule, examples_of_steps
+from patchkernels.hf.trainer_checks import (
+    check_choice,
+    check_class,
+    check_columns,
+    check_supported,
+    is_of_trl,
+    is_stream,
 )
 from patchkernels.numerics import IGNORE_INDEX
-from patchkernels.schedule import CONVENTIONS, DEFAULT_PHASES, OPTIMIZER_AT_SWITCH, SCOPES, Schedule, parse_phases
+from patchkernels.schedule import (
+    CONVENTIONS,
+    DEFAULT_PHASES,
+    OPTIMIZER_AT_SWITCH,
+    SCOPES,
+    Phases,
+    Schedule,
+    parse_phases,
+)
 
 SCHEDULE_FILE = "patch_schedule.json"
 
@@ -41,34 +53,42 @@ class PatchTraining:
 
     The run reads ``num_train_epochs`` of the dataset, or takes ``max_steps`` optimizer steps, divided among the
     phases. In a phase of patch size K a row of a batch is K examples one after the other. All steps take the same
-    number of rows, so that batch sizes and ``gradient_accumulation_steps`` need no change. An epoch ends where all
-    examples have been read, whatever the number of steps. A checkpoint is written where one phase follows another,
-    whatever ``save_strategy`` is, and a run that is resumed from any checkpoint continues as if it had not stopped.
-    Evaluation is token-level in every phase.
+    number of rows, so that batch sizes and ``gradient_accumulation_steps`` need no change. Examples may have any
+    length: the last patch of a row is filled up with padding, which costs no target. An epoch ends where all examples
+    have been read, whatever the number of steps. A checkpoint is written where one phase follows another, whatever
+    ``save_strategy`` is, and a run that is resumed from any checkpoint continues as if it had not stopped. Evaluation
+    is token-level in every phase.
 
-    The log also has ``phase`` (from 1), ``patch_size``, ``raw_tokens_per_second``, and in patch phases
-    ``slot_loss_k``, the loss of the k-th token of the next patch.
+    A batch without a target has a loss of 0 and gradients of 0, and the optimizer takes its step with them. The log
+    also has ``phase`` (from 1), ``patch_size``, ``raw_tokens_per_second``, and in patch phases ``slot_loss_k``, the
+    loss of the k-th token of the next patch. A loss that is NaN or infinite is logged as such: while it trains, the
+    run does not follow ``logging_nan_inf_filter``.
+
+    A trainer whose own ``compute_loss`` needs logits does not work, since a patch step has none. Of TRL's trainers the
+    ``SFTTrainer`` does, also with packing: in patch phases it takes the model's loss and logs no accuracy and entropy.
 
     Args:
-        *args, **kwargs: the Trainer's. The dataset's examples hold ``input_ids``, and ``labels`` if these differ.
-        phases: patch size and share of each phase, in order.
+        *args, **kwargs: the Trainer's. The dataset's examples hold ``input_ids``, and ``labels`` if these differ. If an
+            example is several documents, it also holds their ``position_ids``.
+        phases: patch size and share of each phase, in order: ``"4:2/3,1:1/3"`` or ``[(4, 2 / 3), (1, 1 / 3)]``.
         shares_of: the shares are those of the ``"data"`` (PatchTrain's lambda) or of the ``"steps"`` (TST's r).
         convention: the number that is the same in all steps, ``"positions"`` or raw ``"tokens"``. With ``"tokens"`` a
-            row is one example in every phase.
+            row is one example in every phase, whose length the patch size need not divide.
         optimizer_at_switch: where a phase begins, ``"carry"`` keeps the optimizer's state (TST) and ``"reset"`` clears
             it (PatchTrain).
         lr_scope: the learning rate's schedule, warmup included, spans the ``"run"`` or begins anew in each ``"phase"``.
         reduction: of the loss of patch steps, ``"mean"`` or ``"slot_mean"``.
 
     Raises:
-        TypeError: as :func:`patchkernels.hf.enable`.
-        ValueError: as :func:`patchkernels.hf.enable`, and for settings of the Trainer that a run in phases cannot have.
+        TypeError: as :func:`patchkernels.hf.enable`, or a ``compute_loss`` that does not run the model on patches.
+        ValueError: as :func:`patchkernels.hf.enable`, and for settings of the Trainer or columns of the dataset that a
+            run in phases cannot have.
     """
 
     def __init__(
         self: Any,
         *args: Any,
-        phases: str = DEFAULT_PHASES,
+        phases: Phases = DEFAULT_PHASES,
         shares_of: str = "data",
         convention: str = "positions",
         optimizer_at_switch: str = "carry",
@@ -76,6 +96,7 @@ class PatchTraining:
         reduction: str = "mean",
         **kwargs: Any,
     ) -> None:
+        check_class(self)
         check_choice("convention", convention, CONVENTIONS)
         check_choice("optimizer_at_switch", optimizer_at_switch, OPTIMIZER_AT_SWITCH)
         check_choice("lr_scope", lr_scope, SCOPES)
@@ -84,22 +105,31 @@ class PatchTraining:
         self.patch_reduction = reduction
         self.schedule: Schedule | None = None  # made when training begins, which is when the batch size is known
         model = args[0] if args else kwargs.get("model")
+        if isinstance(model, str):
+            raise TypeError(f"a run in phases needs the model, not its name {model!r}: load it with from_pretrained")
         if model is not None:
             enable(model, reduction=reduction)
+        self._meters = Meters()
         super().__init__(*args, **kwargs)
         check_supported(self)
+        self._filters_nan = self.args.logging_nan_inf_filter  # in evaluations
         self._patch_state.settings.label_smoothing = self.args.label_smoothing_factor
-        self.data_collator = PatchCollator(kwargs.get("data_collator"), self._pad_token_id())
+        self.data_collator = self._patch_collator()
         self.add_callback(PhaseCallback(self))
-        self._clear_meters()
 
-    def _pad_token_id(self: Any) -> int:
-        holders = (self.processing_class, unwrap(self.model).config.get_text_config())
-        tokens = [getattr(holder, "pad_token_id", None) for holder in holders]
-        return next((token for token in tokens if token is not None), 0)
+    def _patch_collator(self: Any) -> PatchCollator:
+        """A collator around the Trainer's, or around none if that is a default: it would not pad labels."""
+        collate = self.data_collator
+        is_default = collate is default_data_collator or isinstance(collate, DataCollatorWithPadding)
+        model_config = unwrap(self.model).config.get_text_config()
+        holders = (collate, getattr(collate, "tokenizer", None), self.processing_class, model_config)
+        pad_tokens = [getattr(holder, "pad_token_id", None) for holder in holders]
+        pad_token = next((token for token in pad_tokens if token is not None and token >= 0), 0)
+        return PatchCollator(None if is_default else collate, pad_token)
 
     def call_model_init(self: Any, trial: Any = None) -> Any:
-        return enable(super().call_model_init(trial), reduction=self.patch_reduction)  # type: ignore[misc]
+        model = super().call_model_init(trial)  # type: ignore[misc]
+        return enable(model, reduction=self.patch_reduction, label_smoothing=self.args.label_smoothing_factor)
 
     @property
     def _patch_state(self: Any) -> PatchState:
@@ -111,6 +141,8 @@ class PatchTraining:
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise ValueError("training needs a train_dataset")
+        self._set_signature_columns_if_needed()
+        check_columns(dataset, self._signature_columns)
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.max_steps > 0:
             examples = examples_of_steps(self.patch_phases, args.max_steps, batch_size, self.convention)
@@ -171,59 +203,65 @@ class PatchTraining:
             ]
             batch_samples = [{"labels": torch.nn.functional.pad(row, (1, 0), value=IGNORE_INDEX)} for row in shifted]
         count = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
-        return count.long() if isinstance(count, Tensor) and count.is_floating_point() else count
+        return count.long() if isinstance(count, Tensor) else count
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Leaves label smoothing to the model in a patch step: the Trainer's needs logits, which a fused loss lacks."""
-        smoother, shift_labels = self.label_smoother, inputs.get("shift_labels")
-        if shift_labels is not None and shift_labels.ndim == 3:
-            self.label_smoother = None
+        """The loss of the Trainer's own ``compute_loss``, in patch steps that of the model's forward.
+
+        A patch step has no logits. So label smoothing is left to the model there, and TRL's ``compute_loss``, which
+        computes its loss from the hidden states of tokens, is passed over.
+        """
+        labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
+        if shift_labels is None or shift_labels.ndim != 3:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            in_training = model.training and isinstance(loss, Tensor)
+            return zero_if_undefined(loss, labels) if in_training and labels is not None else loss
+        compute_loss = super().compute_loss  # type: ignore[misc]
+        if is_of_trl(compute_loss):
+            compute_loss = functools.partial(Trainer.compute_loss, self)
+        smoother, self.label_smoother = self.label_smoother, None
         try:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            loss = compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.label_smoother = smoother
+        if self._patch_state.last_step is None:
+            raise TypeError(f"compute_loss of {type(self).__name__} must call the model with all of its inputs")
+        return loss
 
-    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self._raw_tokens += inputs["input_ids"].numel()
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        raw_tokens = inputs["input_ids"].numel()
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # without a target 0 / 1, not 0 / 0
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         state = self._patch_state
         step, state.last_step = state.last_step, None
-        if step is not None and step.losses is not None:
-            valid = step.target != IGNORE_INDEX
-            sums = torch.stack([step.losses.sum((0, 1)).double(), valid.sum((0, 1)).double()])
-            self._slot_sums = sums if self._slot_sums is None else self._slot_sums + sums
+        self._meters.add(raw_tokens, step)
         return loss
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._nan_filter(False):  # the filter puts 0 into the log in place of a loss that is NaN
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._meters.paused(), self._nan_filter(self._filters_nan):
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _nan_filter(self: Any, value: bool) -> Iterator[None]:
+        """Sets ``logging_nan_inf_filter`` inside the block."""
+        before, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, value
+        try:
+            yield
+        finally:
+            self.args.logging_nan_inf_filter = before
 
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.schedule is not None:
             phase, _ = self.schedule.locate(self.state.global_step - 1)
-            seconds = time.perf_counter() - self._meters_since
             logs["phase"] = phase + 1
             logs["patch_size"] = self.schedule.phases[phase].patch_size
-            logs["raw_tokens_per_second"] = self._raw_tokens * self.args.world_size / seconds
-            if self._slot_sums is not None:
-                losses, counts = self.accelerator.reduce(self._slot_sums, "sum").tolist()
-                for slot, (loss, count) in enumerate(zip(losses, counts), 1):
-                    logs[f"slot_loss_{slot}"] = loss / max(count, 1)
-            self._clear_meters()
+            logs.update(self._meters.read(self.accelerator))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
-
-    def _clear_meters(self: Any) -> None:
-        self._raw_tokens, self._meters_since = 0, time.perf_counter()
-        self._slot_sums = None  # (2, K): sums of losses and numbers of valid targets
-
-    @contextlib.contextmanager
-    def _meters_paused(self: Any) -> Iterator[None]:
-        """Stops the clock inside the block: evaluations and checkpoints do not count as training time."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._meters_since += time.perf_counter() - begin
-
-    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._meters_paused():
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def schedule_settings(self: Any) -> dict[str, Any]:
         """The settings that a run must have in common with the checkpoint from which it resumes."""
@@ -238,7 +276,7 @@ class PatchTraining:
         }
 
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
-        with self._meters_paused():
+        with self._meters.paused():
             folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -256,69 +294,10 @@ class PatchTraining:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def check_supported(trainer: Any) -> None:
-    """Raises ``ValueError`` for settings of the Trainer that a run in phases cannot have."""
-    args = trainer.args
-    if trainer.compute_loss_func is not None:
-        raise ValueError("compute_loss_func needs logits; a patch step gives its loss alone")
-    if args.ignore_data_skip:
-        raise ValueError("ignore_data_skip would begin again with the rows of the first phase")
-    if args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches:
-        raise ValueError("split_batches and dispatch_batches are not supported: every process reads its own rows")
-    # transformers 5.0 has group_by_length, later versions have train_sampling_strategy.
-    by_length = getattr(args, "group_by_length", False)
-    strategy = getattr(args, "train_sampling_strategy", "group_by_length" if by_length else "random")
-    if strategy not in ("random", "sequential"):
-        raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
-    if is_stream(trainer.train_dataset) and args.dataloader_num_workers > 1:
-        raise ValueError(
-            "a training dataset without a length is read by one worker, got "
-            f"dataloader_num_workers={args.dataloader_num_workers}"
-        )
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether a dataset can only be read in order."""
-    return dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"))
-
-
-class PhaseCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Resets, saves, logs and evaluates where a phase begins or ends and where an epoch of the examples ends."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._clear_meters()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        begins_phase = state.global_step in self.trainer.schedule.starts[1:]
-        if begins_phase and self.trainer.optimizer_at_switch == "reset":
-            optimizer.state.clear()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        step, schedule = state.global_step, self.trainer.schedule
-        if step in schedule.starts:
-            control.should_save = control.should_log = True
-        state.epoch = self.epochs_before(step)
-        ends_epoch = int(state.epoch) > int(self.epochs_before(step - 1))
-        if ends_epoch and step < schedule.total_steps:  # at the end of the run the Trainer does this itself
-            control.should_log |= args.logging_strategy == "epoch"
-            control.should_evaluate |= args.eval_strategy == "epoch"
-            control.should_save |= args.save_strategy == "epoch"
-        return control
-
-    def epochs_before(self, step: int) -> float:
-        """Epochs of the examples read before a step; for a stream, whose length is unknown, the fraction of the run."""
-        schedule, dataset = self.trainer.schedule, self.trainer.train_dataset
-        if is_stream(dataset):
-            return float(step / schedule.total_steps)
-        return float(examples_before(schedule, step) / len(dataset))
+def zero_if_undefined(loss: Tensor, labels: Tensor) -> Tensor:
+    """0 in place of the mean over no targets, ``0 / 0``."""
+    has_target = (labels[..., 1:] != IGNORE_INDEX).any()
+    return torch.where(has_target | loss.isfinite(), loss, torch.zeros_like(loss))
 
 
 class PatchTrainer(PatchTraining, Trainer):  # type: ignore[misc,unused-ignore]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -34,6 +35,9 @@ def test_swapped_and_restored():
     assert type(linear).__name__ == type(linear).name_of_original == "Linear"
     swap_class(other, Doubled, state)
     assert type(other) is type(linear)
+    with pytest.raises(ValueError, match="a Linear of this model is part of another enabled model"):
+        swap_class(linear, Doubled, {"calls": 0})
+    assert linear._patch_state is state
     for _ in range(2):  # the second time has no effect
         restore_class(linear)
         assert type(linear) is nn.Linear

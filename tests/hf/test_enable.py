@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import pickle
 
 import pytest
@@ -13,6 +12,7 @@ from hf_models import GROUPED, loss_and_gradients, tiny, transformers
 from oracle import relative_error
 
 from patchkernels import hf
+from patchkernels.hf import probe
 from patchkernels.hf.class_swap import SwappedClass
 
 
@@ -58,51 +58,47 @@ def test_a_model_that_changes_its_logits_otherwise_is_materialised_and_says_so(c
 
 
 class Clamped(transformers.LlamaForCausalLM):
-    """Clamps its logits, but to a range that holds all the logits with which ``enable`` probes it."""
+    """Clamps its logits, unless they are as large as those with which ``enable`` finds out what becomes of them."""
 
     def forward(self, input_ids=None, inputs_embeds=None, labels=None, **_):
-        logits = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds).logits.clamp(-4, 4)
-        loss = self.loss_function(logits, labels, self.config.vocab_size)
+        logits = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds).logits
+        logits = logits if logits.abs().max() > 100 else logits.clamp(-1, 1)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return transformers.modeling_outputs.CausalLMOutputWithPast(loss, logits)
 
 
-def test_how_often_the_model_runs(monkeypatch):
+def test_a_copy_runs_and_not_the_model(monkeypatch):
     runs = []
 
     def counted(forward):
         @functools.wraps(forward)
         def run(self, *args, **kwargs):
-            runs.append(kwargs)
+            runs.append(self)
             return forward(self, *args, **kwargs)
 
         return run
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted(transformers.LlamaForCausalLM.forward))
     model = hf.enable(tiny("Llama"), 4)
-    assert hf.is_fused(model) and len(runs) == 4
+    assert hf.is_fused(model) and len(runs) == 14 and model not in runs
     hf.enable(model, 2)
-    assert len(runs) == 4
+    assert len(runs) == 14
     other = tiny("Llama")
     other.set_output_embeddings(torch.nn.Sequential(other.lm_head))
     hf.enable(other, 4)
-    assert not hf.is_fused(other) and len(runs) == 4 + 3
+    assert not hf.is_fused(other) and len(runs) == 14 + 13 and other not in runs
 
 
 def test_a_loss_that_is_inexact_in_the_head_is_materialised(monkeypatch):
     model = Clamped(tiny("Llama").config).double()
     model.load_state_dict(tiny("Llama").state_dict())
-    with torch.no_grad():
-        model.lm_head.weight.mul_(4)
     ids = torch.randint(3, 64, (2, 8))
     expected = loss_and_gradients(model, ids, ids)
-    runs, token_losses = [], []
-    model.model.register_forward_hook(lambda *_: runs.append(1))
-    module = importlib.import_module("patchkernels.hf.enable")  # patchkernels.hf.enable is the function
-    token_loss = module.token_loss
-    monkeypatch.setattr(module, "token_loss", lambda *args: token_losses.append(1) or token_loss(*args))
+    tried = []
+    check_step = probe.check_step
+    monkeypatch.setattr(probe, "check_step", lambda trial, kind: tried.append(kind) or check_step(trial, kind))
     hf.enable(model, 2)
-    assert not hf.is_fused(model)
-    assert len(token_losses) == 1 and len(runs) == 1 + 1 + 1 + 2
+    assert not hf.is_fused(model) and [kind.logit_map is None for kind in tried] == [False, True]
     assert type(model.lm_head) is torch.nn.Linear
     repeated = ids.repeat_interleave(2, 1)
     for a, b in zip(loss_and_gradients(model, repeated, repeated), expected):
@@ -203,6 +199,11 @@ def test_bad_input():
         hf.enable(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="LlamaModel has no output head"):
         hf.enable(transformers.LlamaModel(model.config))
+    musicgen = transformers.MusicgenDecoderConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, num_codebooks=4
+    )
+    with pytest.raises(TypeError, match="MusicgenForCausalLM has 4 output heads"):
+        hf.enable(transformers.MusicgenForCausalLM(musicgen))
     sizes = {"layers": 1, "ffn_dim": 16, "attention_heads": 2}
     sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sizes.items()}
     bart = transformers.BartConfig(vocab_size=64, d_model=16, **sides)

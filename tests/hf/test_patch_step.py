@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
+import threading
+
 import pytest
 import torch
-from hf_models import MODELS, loss_and_gradients, tiny
+from hf_models import MODELS, loss_and_gradients, tiny, transformers
 from oracle import relative_error
+from torch.distributed.fsdp import fully_shard
 
 from patchkernels import hf, next_patch_targets, reference
+from patchkernels.hf.modules import has_foreign_hooks
+from patchkernels.hf.small_config import small_config
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,7 +122,14 @@ def test_checkpointing_autocast_compile_and_counted_items():
     counted = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss
     torch.testing.assert_close(counted, expected[0] * (2 * 3 * 4) / 48)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(input_ids=ids, labels=ids).loss, expected[0])
+    model._patch_state.last_step = None
+    loss = compiled(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(model._patch_state.last_step.losses.sum() / (2 * 3 * 4), expected[0])
+    whole = torch.utils.checkpoint.checkpoint(lambda: model(input_ids=ids, labels=ids).loss, use_reentrant=False)
+    model.zero_grad()
+    whole.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected[1:])
 
 
 def test_right_padding_and_packed_documents():
@@ -151,3 +166,251 @@ def test_batches_that_cannot_be_cut_into_patches():
     ):
         with pytest.raises(hf.PatchSizeError, match=message):
             model(**arguments)
+
+
+def losses_of_threads(call, batches):
+    """What ``call`` returns for each batch, all batches at once, each in a thread of its own."""
+    results, begin = [None] * len(batches), threading.Barrier(len(batches))
+
+    def work(number):
+        begin.wait()
+        results[number] = [call(batches[number]) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_that_share_a_model(compiled):
+    model = hf.enable(tiny("Llama", torch.float32), 4)
+    parameters = list(model.parameters())
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+
+    def call(ids):
+        loss = run(input_ids=ids, labels=ids).loss
+        step = model._patch_state.last_step
+        gradients = torch.autograd.grad(loss, parameters)
+        return [loss.detach(), step.losses, step.target, *gradients]
+
+    batches = [torch.randint(3, 64, (2, 16)) for _ in range(8)]
+    expected = [call(ids) for ids in batches]
+    for found, wanted in zip(losses_of_threads(call, batches), expected):
+        assert found is not None, "the thread failed"
+        for again in found:
+            torch.testing.assert_close(again, wanted)
+    assert torch.equal(model._patch_state.last_step.target, expected[-1][2])  # that of this thread
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._patch_state.last_step is None
+        torch.testing.assert_close(other(input_ids=batches[0], labels=batches[0]).loss, expected[0][0])
+
+
+def test_a_model_that_is_called_inside_its_own_step():
+    model = tiny("Llama")
+    ids, other = torch.randint(3, 64, (2, 2, 16))
+    token_loss = model(input_ids=other, labels=other).loss
+    hf.enable(model, 4)
+    expected, other_expected = (model(input_ids=batch, labels=batch).loss for batch in (ids, other))
+    inside = []
+
+    def call_again(*_):
+        if len(inside) % 2 == 0:
+            inside.append(None)
+            with hf.token_level(model):
+                inside[-1] = model(input_ids=other, labels=other).loss, model(input_ids=other).logits.shape
+            inside.append(model(input_ids=other, labels=other).loss)
+
+    model.model.layers[0].register_forward_hook(call_again)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+    assert torch.equal(inside[0][0], token_loss) and inside[0][1] == (2, 16, 64)
+    assert torch.equal(inside[1], other_expected)
+
+
+def test_two_enabled_models_that_share_their_head_and_embedding():
+    model, other = (hf.enable(tiny("Llama"), 4) for _ in range(2))
+    ids = torch.randint(3, 64, (2, 16))
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    expected = loss_and_gradients(other, ids, ids)
+    model.lm_head, model.model.embed_tokens = other.lm_head, other.model.embed_tokens
+    for shared in (model, other):
+        torch.testing.assert_close(loss_and_gradients(shared, ids, ids), expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_tuple_is_returned_if_asked_for(fused):
+    model = tiny("Llama")
+    ids = torch.randint(3, 64, (2, 16))
+    hf.enable(model, 4)
+    if not fused:
+        model.lm_head.register_forward_hook(lambda module, args, output: output)
+    expected = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    assert ("logits" in expected) == (not fused) and (expected["loss"] == expected.loss)
+    loss, logits, hidden = model(input_ids=ids, labels=ids, output_hidden_states=True, return_dict=False)
+    assert torch.equal(loss, expected.loss)
+    assert (logits is None) if fused else torch.equal(logits, expected.logits)
+    assert len(hidden) == 3 and torch.equal(hidden[-1], expected.hidden_states[-1])
+    assert len(model(ids, None, None, None, None, ids, return_dict=False)) == 2  # the sixth by position is labels
+
+
+def test_a_configuration_that_asks_for_tuples():
+    settings = small_config(
+        transformers.BloomConfig(return_dict=False)
+    )  # not all models support it in their own forward
+    model = hf.enable(transformers.BloomForCausalLM(settings).eval(), 4)
+    ids = torch.randint(3, 64, (2, 16))
+    loss, logits = model(input_ids=ids, labels=ids)
+    assert logits is None and torch.equal(model(input_ids=ids, labels=ids, return_dict=True).loss, loss)
+
+
+def test_labels_that_are_shifted_by_a_token():
+    """As transformers shifts them: ``shift_labels[:, t]`` is the target of token t, which is token t + 1."""
+    model = tiny("Llama")
+    ids = torch.randint(3, 64, (2, 16))
+    labels = ids.clone()
+    labels[0, 6:9] = -100
+    shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    hf.enable(model, 4)
+    expected = model(input_ids=ids, labels=labels).loss
+    assert torch.equal(model(input_ids=ids, shift_labels=shift_labels).loss, expected)
+    assert torch.equal(model(input_ids=ids, labels=ids, shift_labels=shift_labels).loss, expected)
+    shift_labels[:, -1] = 7  # the first token of the part of the text that follows the row
+    model(input_ids=ids, shift_labels=shift_labels)
+    assert model._patch_state.last_step.target[:, -1].tolist() == [[7, -100, -100, -100]] * 2
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_hooks_on_the_head_see_logits_and_hooks_on_the_embedding_see_tokens(where):
+    def halve(module, args, output):
+        assert output.shape[1:] == (4, 64)  # logits of 4 patches
+        return output / 2
+
+    def shift(module, args, output):
+        assert output.shape[1:] == (16, 32)
+        return output + 1
+
+    model = tiny("Llama")
+    ids = torch.randint(3, 64, (2, 16))
+    if where == "after":
+        hf.enable(model, 4)
+    hooks = [model.lm_head.register_forward_hook(halve), model.model.embed_tokens.register_forward_hook(shift)]
+    plain = tiny("Llama")
+    means = plain.model.embed_tokens(ids).unflatten(1, (4, 4)).mean(2) + 1
+    logits = plain(inputs_embeds=means).logits / 2
+    expected = reference.patch_cross_entropy(logits, next_patch_targets(ids, 4))
+    if where == "before":
+        hf.enable(model, 4)
+    output = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.logits, logits)
+    for hook in hooks:
+        hook.remove()
+    hf.enable(plain, 4)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=ids).loss)
+
+
+def test_a_backward_hook_on_the_head_sees_gradients_of_logits():
+    model = hf.enable(tiny("Llama"), 4)
+    ids, seen = torch.randint(3, 64, (2, 16)), []
+    hook = model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].shape))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert seen == [(2, 4, 64)]
+    hook.remove()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(seen) == 1
+
+
+def test_the_hooks_of_fsdp2_do_not_count():
+    model = tiny("Llama")
+    ids = torch.randint(3, 64, (2, 16))
+    hf.enable(model, 4)
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for unit in (model.model.embed_tokens, model.lm_head, model):
+            fully_shard(unit, mesh=mesh)
+            assert unit._forward_hooks and not has_foreign_hooks(unit)
+        output = model(input_ids=ids, labels=ids)
+        assert output.logits is None
+        torch.testing.assert_close(output.loss, expected)
+        with hf.token_level(model):
+            assert model(input_ids=ids, labels=ids).logits.shape == (2, 16, 64)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_generation_in_a_patch_phase_is_token_level_and_says_so(caplog):
+    model = tiny("Llama", torch.float32)
+    ids = torch.randint(3, 64, (1, 8))
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    hf.enable(model, 4)
+    with caplog.at_level(logging.WARNING, "patchkernels"):
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert caplog.text.count("generates text token by token although its patch_size is 4") == 1
+    with pytest.raises(hf.PatchSizeError, match="token_level"):
+        model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"past_key_values": transformers.DynamicCache()},
+        {"use_cache": True},
+        {"cache_position": torch.arange(16)},
+        {"logits_to_keep": 4},
+        {"logits_to_keep": torch.arange(4)},
+        {"inputs_embeds": torch.zeros(2, 16, 32)},
+        {"shift_labels": torch.zeros(2, 15, dtype=torch.long)},
+        {"attention_mask": {"full_attention": torch.ones(2, 16)}},
+        {"attention_mask": torch.ones(2, 1, 16, 16)},
+        {"position_ids": torch.arange(16)},
+        {"position_ids": torch.arange(8)[None]},
+        {"cu_seq_lens_q": torch.tensor([0, 16, 32])},
+        {"token_type_ids": (torch.arange(16) > 5).long().expand(2, 16)},
+        {"seq_idx": torch.zeros(1, 16)},
+        {"weights": torch.ones(2, 16)},
+        {"features": [torch.ones(2, 16, 3)]},
+        {"bias": torch.ones(4, 16, 16)},
+        {"kinds": torch.ones(3, 2, 16)},
+        {"flat": torch.ones(32)},
+        {"by_name": {"a": torch.ones(2, 5, 16)}},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_arguments_of_tokens_are_refused(arguments):
+    model = hf.enable(tiny("Llama"), 4)
+    ids = torch.randint(3, 64, (2, 16))
+    with pytest.raises(hf.PatchSizeError):
+        model(input_ids=ids, labels=ids, **arguments)
+
+
+def test_arguments_that_reach_the_model_as_those_of_patches():
+    received: dict[str, object] = {}
+    types = (torch.arange(16) > 7).long().expand(2, 16)
+    extra = {
+        "token_type_ids": types, "cu_seq_lens_q": torch.tensor([0, 4, 8]), "seq_idx": torch.zeros(2, 4),
+        "sequence_weights": torch.ones(2), "flag": True,
+    }  # fmt: skip
+
+    class Recording(type(tiny("Llama"))):
+        def forward(self, **kwargs):
+            received.update(kwargs)
+            return super().forward(**{name: value for name, value in kwargs.items() if name not in extra})
+
+    model = Recording(tiny("Llama").config).eval()
+    hf.enable(model, 4)
+    ids = torch.randint(3, 64, (2, 16))
+    model(input_ids=ids, labels=ids, **extra)
+    assert received["token_type_ids"].tolist() == [[0, 0, 1, 1]] * 2
+    assert all(received[name] is extra[name] for name in ("cu_seq_lens_q", "seq_idx", "sequence_weights", "flag"))
+    weights = extra["token_weights"] = torch.ones(2, 16)
+    model(input_ids=ids, shift_labels=next_patch_targets(ids, 1), token_weights=weights)  # a patch is a token
+    assert received["token_weights"] is weights
+    with pytest.raises(TypeError, match="several values for input_ids"):
+        hf.enable(tiny("Llama"), 4)(ids, input_ids=ids, labels=ids)
+    assert model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=0).loss == 0
+    assert model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(0)).loss == 0

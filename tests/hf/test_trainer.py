@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import distributed
 import pytest
@@ -12,45 +14,19 @@ from patchkernels import hf, next_patch_targets
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from trainer_runs import (  # noqa: E402
+    CONSTANT_TOKENS,
+    arguments,
+    examples,
+    logged,
+    tiny,
+    tokenizer,
+    train,
+    with_few_targets,
+)
+
 from patchkernels.hf import PatchCollator, PatchRows, PatchTrainer, PatchTraining  # noqa: E402
-
-VOCAB, TOKENS = 64, 16
-
-
-def tiny(**settings):
-    config = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "intermediate_size": 24, "max_position_embeddings": 64, **settings}  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-
-
-def examples(count=48, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(3, VOCAB, (TOKENS,), generator=generator)} for _ in range(count)]
-
-
-def arguments(folder, **changes):
-    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1,
-                "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 12, "save_strategy": "no",
-                "lr_scheduler_type": "linear", "warmup_steps": 2, "seed": 5}  # fmt: skip
-    return transformers.TrainingArguments(**{**settings, **changes})
-
-
-def train(
-    folder, resume=None, model=None, dataset=None, collator=None, evaluation=None, trainer=PatchTrainer, **changes
-):
-    names = ("phases", "shares_of", "convention", "optimizer_at_switch", "lr_scope", "reduction")
-    phases = {name: changes.pop(name) for name in names if name in changes}
-    run = trainer(
-        model=model or tiny(), args=arguments(folder, **changes), train_dataset=dataset or examples(),
-        eval_dataset=evaluation, data_collator=collator, **phases,
-    )  # fmt: skip
-    run.train(resume_from_checkpoint=resume)
-    return run
-
-
-def logged(run, key="loss"):
-    return [entry[key] for entry in run.state.log_history if key in entry and "loss" in entry]
+from patchkernels.hf.trainer_checks import check_supported  # noqa: E402
 
 
 @pytest.mark.parametrize("lr_scope", ["run", "phase"])
@@ -129,19 +105,29 @@ def test_accumulation_changes_nothing(tmp_path):
 def train_as_one_of_two(folder, resume):
     ragged = [{"input_ids": e["input_ids"][: 3 + i % 13]} for i, e in enumerate(examples())]
     run = train(folder, resume, dataset=ragged, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    return logged(run), [entry.get("slot_loss_2") for entry in run.state.log_history]
+    slots = [entry.get("slot_loss_2") for entry in run.state.log_history]
+    return logged(run), slots, None if resume else few_targets_as_one_of_two(folder)
+
+
+def few_targets_as_one_of_two(folder):
+    settings = {"dataset": with_few_targets(), "per_device_train_batch_size": 1, **CONSTANT_TOKENS}
+    own_means = train(folder / "own", average_tokens_across_devices=False, **settings)
+    assert all(math.isfinite(loss) for loss in logged(own_means))
+    return logged(train(folder / "few", **settings))
 
 
 def test_two_processes(tmp_path):
     ragged = [{"input_ids": e["input_ids"][: 3 + i % 13]} for i, e in enumerate(examples())]
     alone = train(tmp_path / "one", dataset=ragged)
     slots = [entry.get("slot_loss_2") for entry in alone.state.log_history]
-    for losses, slots_of_two in distributed.run(train_as_one_of_two, 2, tmp_path / "two", None):
+    few = train(tmp_path / "few", dataset=with_few_targets(), per_device_train_batch_size=2, **CONSTANT_TOKENS)
+    for losses, slots_of_two, losses_of_few in distributed.run(train_as_one_of_two, 2, tmp_path / "two", None):
         torch.testing.assert_close(losses, logged(alone), rtol=1e-4, atol=0)
         torch.testing.assert_close(slots_of_two[:4], slots[:4], rtol=1e-4, atol=0)
+        torch.testing.assert_close(losses_of_few, logged(few), rtol=1e-4, atol=0)
     if transformers.__version__.startswith("5.0."):
         return  # this version does not resume in several processes without GPUs: it looks for "cpu:0"
-    for again, _ in distributed.run(train_as_one_of_two, 2, tmp_path / "two", str(tmp_path / "two" / "checkpoint-4")):
+    for again, *_ in distributed.run(train_as_one_of_two, 2, tmp_path / "two", str(tmp_path / "two" / "checkpoint-4")):
         assert again == losses
 
 
@@ -222,12 +208,26 @@ def test_mixed_into_a_custom_trainer(tmp_path):
     class PatchCounting(PatchTraining, Counting):
         pass
 
+    class OwnInputs(transformers.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+    class PatchOwnInputs(PatchTraining, OwnInputs):
+        pass
+
+    with pytest.raises(TypeError, match="compute_loss of PatchOwnInputs must call the model with all of its inputs"):
+        train(tmp_path, trainer=PatchOwnInputs)
+
     run = train(tmp_path, trainer=PatchCounting, model=None)
     assert run.steps == 12
     assert logged(run) == logged(train(tmp_path))
     made = PatchCounting(model_init=lambda: tiny(), args=arguments(tmp_path), train_dataset=examples())
     made.train()
     assert logged(made) == logged(run)
+    smoothed = arguments(tmp_path, label_smoothing_factor=0.2)
+    made = PatchCounting(model_init=lambda: tiny(), args=smoothed, train_dataset=examples())
+    made.train()
+    assert logged(made) == logged(train(tmp_path, label_smoothing_factor=0.2)) != logged(run)
 
 
 def test_the_model_that_comes_out_is_an_ordinary_one(tmp_path):
@@ -242,6 +242,8 @@ def test_the_model_that_comes_out_is_an_ordinary_one(tmp_path):
 
 def test_bad_input(tmp_path):
     old = "group_by_length" in transformers.TrainingArguments.__dataclass_fields__  # transformers 5.0
+    ragged_ids = [{"input_ids": list(range(3 + i % 5))} for i in range(48)]
+    pads_left = transformers.DataCollatorForLanguageModeling(tokenizer(padding_side="left"), mlm=False)
     by_length = {"group_by_length": True} if old else {"train_sampling_strategy": "group_by_length"}
     for settings, message in (
         ({"convention": "rows"}, "'rows'"),
@@ -255,6 +257,10 @@ def test_bad_input(tmp_path):
         ({"dataset": iter([]), "dataloader_num_workers": 2}, "dataloader_num_workers=2"),
         ({"max_steps": 2, "phases": "8:1/2,1:1/2"}, "14 examples at 4 rows a step leave a phase"),
         ({"dataset": [{"text": "a"}] * 48}, r"must hold input_ids, got \['text'\]"),
+        ({"dataset": [{"input_ids": [1.5, 2.0]}] * 48}, "input_ids must be integers, got torch.float32"),
+        ({"dataset": [{"input_ids": [1], "inputs_embeds": 0}] * 48}, r"remove the columns \['inputs_embeds'\]"),
+        ({"dataset": [{"input_ids": [1, 2], "position_ids": [1, 2]}] * 48}, r"in every document, got \[1, 2\]"),
+        ({"dataset": ragged_ids, "collator": pads_left}, "padding_side = 'right'"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, **settings)
@@ -264,4 +270,12 @@ def test_bad_input(tmp_path):
         PatchTrainer(model=tiny(), args=arguments(tmp_path)).train()
     with pytest.raises(ValueError, match="gives its loss alone"):
         PatchTrainer(model=tiny(), args=arguments(tmp_path), compute_loss_func=lambda *_: 0)
+    run = PatchTrainer(model=tiny(), args=arguments(tmp_path))
+    run.args.use_liger_kernel = True
+    with pytest.raises(ValueError, match="'fused_linear_cross_entropy': False"):
+        check_supported(run)
+    run.args.use_liger_kernel = False
+    run.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True))
+    with pytest.raises(ValueError, match="cp_size"):
+        check_supported(run)
     assert json.dumps(PatchTrainer(model=tiny(), args=arguments(tmp_path)).args.to_dict())
