@@ -1,80 +1,101 @@
 """Tests which causal language models of the installed transformers can take patch steps, each at a tiny size.
 
-    python bench/hf_support.py                        writes docs/hf-support.md
+    python bench/hf_support.py                        writes docs/hf-support.md; about half an hour on one core
     python bench/hf_support.py --out "" llama gemma2  only prints what it finds, for some model types
 
 Run it as a script, with patchkernels installed, so that the checkout is not on ``sys.path``: transformers imports any
 module named ``kernels``, and the checkout has a folder of that name.
 
-Every model takes two checks. If each token is repeated K times, loss and gradients in patches of K must be those of the
-unmodified model on the tokens once. On random tokens, the loss must be the one that is computed here from mean
-embeddings. The exit code is 1 if a model that could be enabled fails a check.
+Every model type is enabled as users have it: with the weights that transformers gives a new model, and with a head of
+zeros, in fp32, bf16 and fp16. A model that could be enabled is then judged without the code that enabled it: a copy of
+the enabled model is turned to fp32, gets large random weights, and is compared with an unmodified model of these
+weights. The exit code is 1 if one that could be enabled fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import logging
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchkernels import hf, next_patch_targets, reference
+from patchkernels.hf.small_config import small_config
 from patchkernels.numerics import IGNORE_INDEX
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PATCH_SIZE = 3
-TOLERANCE = 1e-4  # relative, for models in fp32
-MAX_PARAMETERS = 100_000_000
+PATCH_SIZES = (2, 3)
+PATCHES = 6
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3  # relative, in fp32
+# A gradient is compared relative to its norm, but not to less than this share of the norm of all gradients: some are
+# zero but for rounding errors.
+GRADIENT_FLOOR = 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = ("fresh", "zero head")
+CASES = [(weights, dtype) for weights in WEIGHTS for dtype in DTYPES]
+VERDICTS = ("fused", "materialised", "refused", "not built", "wrong")
+MAX_PARAMETERS = 20_000_000
+ORDINARY_TOKENS = (3, 40)  # special tokens of a tiny configuration are below or above
 
-# Small values. A tiny model gets those for which its configuration has a field.
-SMALL = {
-    "vocab_size": 64, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim": 32, "n_layer": 2,
-    "num_layers": 2, "n_layers": 2, "num_hidden_layers": 4, "num_decoder_layers": 2, "decoder_layers": 2,
-    "encoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "n_heads": 4,
-    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
-    "ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "n_inner": 48, "head_dim": 8,
-    "max_position_embeddings": 64, "n_positions": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "q_lora_rank": 8,
-    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
-    "mamba_n_groups": 1, "mamba_d_ssm": 64, "rotary_dim": 4, "sliding_window": 64, "vocab_size_per_layer_input": 64,
-    "hidden_size_per_layer_input": 8, "attention_hidden_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 8,
-    "n_groups": 1, "conv_kernel": 2, "expand": 2, "time_step_rank": 4, "use_cache": False,
-    "num_kv_shared_layers": 0, "image_size": 28, "patch_size": 14, "depth": 2, "out_hidden_size": 32,
-    "vision_output_dim": 32, "num_global_layers": 2, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4,
-    "encoder_hidden_size": 32, "mm_tokens_per_image": 4, "layerdrop": 0.0,
+# Settings that the default configuration of a model type lacks, so that no model can be built from it or run.
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [24, 20, 20]}
+INDEXER = {
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 2048,
+    "indexer_compress_ratio": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }  # fmt: skip
-ABSENT = object()  # stands for a field that keeps its default
-# Values for model types that cannot be built from the table above.
-SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+MISSING: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 20,
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), SECTIONS),
     },
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "gpt_neo": {"num_hidden_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
-    "mamba2": {"num_heads": 8, "head_dim": 8},
-    "nemotron": {"num_key_value_heads": 2},
-    "prophetnet": {"num_hidden_layers": ABSENT},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": INDEXER,
+    "qwen4_exp_text": INDEXER,
     "reformer": {"axial_pos_embds": False},
-    "xlnet": {"max_position_embeddings": ABSENT},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 12},
-    "zaya": {"num_experts_per_tok": 1},
 }
-# Fields that are set even where the default is None.
-UNSET = ("n_inner", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
+
+HOW_IT_IS_JUDGED = (
+    "A model that could be enabled is judged without the code that enabled it. Two copies, of the enabled and of the "
+    "unmodified model, are turned to fp32 and get the same random weights, much larger than those of a new model. In "
+    f"patches of {' and '.join(map(str, PATCH_SIZES))}, tokens that are each repeated must give the loss and the "
+    "gradients of the tokens, and random tokens those of the definition, from mean embeddings and the unmodified "
+    "model's logits. The same parameters must have a gradient, every gradient must agree, and later tokens must not "
+    "change earlier rows. A type is *wrong* if one of its six could be enabled and fails.",
+    "",
+    "*loss* and *gradient* are the largest relative errors: a gradient's is relative to its norm, or to "
+    f"{GRADIENT_FLOOR:.0e} of the norm of all gradients if that is larger. What counts for a model of other settings "
+    "is what `enable` says of it.",
+)
+
+
+@dataclass
+class Errors:
+    """Relative errors of an enabled model; NaN before it is judged."""
+
+    loss: float = 0.0
+    gradient: float = 0.0
+
+    def update(self, loss: float, gradient: float) -> None:
+        self.loss, self.gradient = max(self.loss, loss), max(self.gradient, gradient)
 
 
 @dataclass
@@ -83,11 +104,19 @@ class Row:
 
     kind: str
     architecture: str
-    verdict: str  # fused, materialised, refused, not built, wrong
-    loss: float = float("nan")  # relative errors, NaN where there is nothing to compare
-    gradient: float = float("nan")
-    random: float = float("nan")
+    verdicts: dict[tuple[str, str], str] = field(default_factory=dict)  # for every one of CASES
+    errors: Errors | None = None  # the largest of all that could be enabled
     reason: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """``fused``, ``materialised``, ``refused``, ``not built`` or ``wrong``; ``mixed`` if it depends on the case."""
+        found = set(self.verdicts.values())
+        return "wrong" if "wrong" in found else found.pop() if len(found) == 1 else "mixed"
+
+
+class WrongError(Exception):
+    """What is wrong with a model that could be enabled."""
 
 
 def tiny(kind: str, architecture: str) -> Any:
@@ -96,125 +125,149 @@ def tiny(kind: str, architecture: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     # A model type may have a configuration for several kinds of input, and its causal model one for text alone.
-    config_class = getattr(transformers, architecture).config_class
-    config = shrink(config_class if config_class is not None else CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
+    config_class = getattr(transformers, architecture).config_class or CONFIG_MAPPING[kind]
+    config = small_config(config_class(**MISSING.get(kind, {})))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
+    config.get_text_config().use_cache = False
     return config
 
 
-def shrink(cls: Any, special: dict[str, Any]) -> Any:
-    """A configuration of the class ``cls`` with the values of ``SMALL``, also in the configurations inside it."""
-    default = cls()
-    fields: dict[str, Any] = {}
-    for name, value in SMALL.items():
-        fixed = isinstance(getattr(cls, name, None), property) and getattr(cls, name).fset is None
-        try:
-            present = hasattr(default, name) and not fixed
-            wanted = present and (getattr(default, name) is not None or name in UNSET)
-        except Exception:  # a field that differs from layer to layer
-            continue
-        if wanted:
-            fields[name] = value
-    if "qk_rope_head_dim" in fields and "head_dim" in fields:
-        fields["head_dim"] = fields["qk_rope_head_dim"]  # latent attention rotates a part of each head only
-    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
-        fields["num_key_value_heads"] = SMALL["num_attention_heads"]
-    for name in getattr(cls, "sub_configs", {}):
-        if name not in special and getattr(default, name, None) is not None:
-            fields[name] = shrink(type(getattr(default, name)), {}).to_dict()
-    layers = vars(default).get("layer_types")
-    if layers and "layer_types" not in special:
-        kinds = list(dict.fromkeys(layers))  # at least one layer of each kind
-        fields["layer_types"] = (kinds * 4)[: max(4, len(kinds))]
-        fields["num_hidden_layers"] = len(fields["layer_types"])
-    return cls(**{name: value for name, value in {**fields, **special}.items() if value is not ABSENT})
-
-
-def build(architecture: str, config: Any) -> Any:
-    """The model in fp32, with random weights that are much larger than those of a fresh model."""
+def build(architecture: str, config: Any, weights: str, dtype: str) -> Any:
+    """A new model, as transformers builds it."""
     import transformers
 
     make = getattr(transformers, architecture)._from_config
     with torch.device("meta"):
-        count = sum(p.numel() for p in make(config, attn_implementation="eager").parameters())
+        count = sum(parameter.numel() for parameter in make(copy.deepcopy(config)).parameters())
     if count > MAX_PARAMETERS:
         raise ValueError(f"{count:,} parameters: the tiny configuration is not tiny")
     torch.manual_seed(0)
-    model = make(config, attn_implementation="eager")
-    if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.float().eval()
-
-
-def loss_and_gradients(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=labels).loss
-    loss.backward()
-    return loss.item(), [p.grad.double().clone() for p in model.parameters() if p.grad is not None]
-
-
-def judge(kind: str, architecture: str, model: Any) -> Row:
-    """Enables patch steps in the model and checks it. The verdict is that of ``hf.enable``, or ``wrong``."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 64, (2, 6), generator=generator)
-    labels = ids.clone()
-    labels[0, :2] = IGNORE_INDEX
-    random_ids = torch.randint(3, 64, (2, 6 * PATCH_SIZE), generator=generator)
-    failure = ""
-    try:
-        loss, gradients = loss_and_gradients(model, ids, labels)
-        random_loss = loss_of_means(model, random_ids)
-    except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-    try:
-        hf.enable(model, PATCH_SIZE)
-    except Exception as error:
-        return Row(kind, architecture, "refused", reason=f"{type(error).__name__}: {error}")
-    if failure:
-        return Row(kind, architecture, "not built", reason=f"its own loss or gradients fail: {failure}")
-    repeated = (tensor.repeat_interleave(PATCH_SIZE, 1) for tensor in (ids, labels))
-    patch_loss, patch_gradients = loss_and_gradients(model, *repeated)
-    model.zero_grad()
-    with torch.no_grad():
-        random_patch_loss = model(input_ids=random_ids, labels=random_ids).loss.item()
-    if len(patch_gradients) != len(gradients):
-        reason = f"{len(patch_gradients)} gradients, {len(gradients)} of the tokens"
-        return Row(kind, architecture, "wrong", reason=reason)
-    size = sum(float(g.norm() ** 2) for g in gradients) ** 0.5
-    distance = sum(float((a - b).norm() ** 2) for a, b in zip(patch_gradients, gradients)) ** 0.5
-    errors = (abs(patch_loss / loss - 1), distance / size, abs(random_patch_loss / random_loss - 1))
-    if has_auxiliary_loss(model):  # random_loss does not include it
-        errors = (*errors[:2], float("nan"))
-    verdict = "fused" if hf.is_fused(model) else "materialised"
-    if not all(math.isnan(error) or error <= TOLERANCE for error in errors) or math.isnan(errors[0]):
-        verdict = "wrong"
-    return Row(kind, architecture, verdict, *errors)
-
-
-@torch.no_grad()
-def loss_of_means(model: Any, ids: torch.Tensor) -> float:
-    """The loss of a patch step, computed from the logits that the unmodified model gives for mean embeddings."""
-    means = model.get_input_embeddings()(ids).unflatten(1, (-1, PATCH_SIZE)).mean(2)
-    targets = next_patch_targets(ids, PATCH_SIZE)
-    return float(reference.patch_cross_entropy(model(inputs_embeds=means).logits.float(), targets))
-
-
-def has_auxiliary_loss(model: Any) -> bool:
-    """Whether the model adds an auxiliary loss, as mixtures of experts do."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    model = make(copy.deepcopy(config), dtype=DTYPES[dtype]).eval()
+    if weights == "zero head":
+        with torch.no_grad():
+            for parameter in model.get_output_embeddings().parameters():
+                parameter.zero_()
+    return model
 
 
 def examine(kind: str, architecture: str) -> Row:
-    """Builds the model of that type and judges it."""
+    """Builds models of that type, enables them and judges those that could be enabled."""
+    row = Row(kind, architecture)
+    for weights, dtype in CASES:
+        try:
+            model = build(architecture, tiny(kind, architecture), weights, dtype)
+        except Exception as error:
+            row.verdicts[weights, dtype], row.reason = "not built", describe(error)
+            continue
+        plain = copy.deepcopy(model)
+        try:
+            hf.enable(model)
+        except Exception as error:
+            row.verdicts[weights, dtype], row.reason = "refused", describe(error)
+            continue
+        row.verdicts[weights, dtype] = "fused" if hf.is_fused(model) else "materialised"
+        row.errors = row.errors or Errors()
+        try:
+            judge(copy.deepcopy(model), plain, row.errors)
+        except Exception as error:
+            row.verdicts[weights, dtype], row.reason = "wrong", describe(error)
+    return row
+
+
+def describe(error: Exception) -> str:
+    return str(error) if isinstance(error, WrongError) else f"{type(error).__name__}: {error}"
+
+
+def judge(enabled: Any, plain: Any, errors: Errors) -> None:
+    """Compares an enabled model with an unmodified one, both in fp32 and with the same large random weights.
+
+    Raises:
+        WrongError: losses or gradients differ, or a later token changes an earlier row of logits or loss.
+    """
+    give_large_weights(enabled, plain)
+    generator = torch.Generator().manual_seed(1)
+    check_causality(enabled, plain, generator)
+    for patch_size in PATCH_SIZES:
+        ids = torch.randint(*ORDINARY_TOKENS, (2, PATCHES), generator=generator)
+        labels = ids.clone()
+        labels[0, :2] = IGNORE_INDEX
+        expected = loss_and_gradients(plain, input_ids=ids, labels=labels)
+        enabled.patch_size = patch_size
+        repeated = (tensor.repeat_interleave(patch_size, 1) for tensor in (ids, labels))
+        found = loss_and_gradients(enabled, **dict(zip(("input_ids", "labels"), repeated)))
+        compare(found, expected, errors, f"repeated tokens, K = {patch_size}")
+        ids = torch.randint(*ORDINARY_TOKENS, (2, PATCHES * patch_size), generator=generator)
+        found = loss_and_gradients(enabled, input_ids=ids, labels=ids)
+        compare(found, step_by_definition(plain, ids, patch_size), errors, f"random tokens, K = {patch_size}")
+
+
+def give_large_weights(enabled: Any, plain: Any) -> None:
+    """Turns both models to fp32 and gives them the same random weights, much larger than those of a new model."""
+    enabled.float(), plain.float()
+    generator = torch.Generator().manual_seed(0)
+    weights = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, parameter in enabled.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.2 if parameter.ndim > 1 else parameter + noise * 0.1)
+            weights.pop(name).copy_(parameter)
+    if weights:
+        raise WrongError(f"the enabled model lacks parameters: {sorted(weights)}")
+
+
+def loss_and_gradients(model: Any, **batch: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_by_definition(model: Any, ids: torch.Tensor, patch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a patch step of an unmodified model, from mean embeddings and the definition of the loss.
+
+    The loss takes the place of the model's own, so that the model adds to it what it adds to its own.
+    """
+    means = model.get_input_embeddings()(ids).unflatten(1, (-1, patch_size)).mean(2)
+    targets = next_patch_targets(ids, patch_size)
+    loss_function = model.loss_function
+    model.loss_function = lambda logits, *_, **__: reference.patch_cross_entropy(logits.float(), targets)
     try:
-        model = build(architecture, tiny(kind, architecture))
-    except Exception as error:
-        return Row(kind, architecture, "not built", reason=f"{type(error).__name__}: {error}")
-    return judge(kind, architecture, model)
+        return loss_and_gradients(model, inputs_embeds=means, labels=targets[..., 0])
+    finally:
+        model.loss_function = loss_function
+
+
+def compare(found: Any, expected: Any, errors: Errors, what: str) -> None:
+    """Notes the errors of loss and gradients; raises WrongError if they are too large or gradients are missing."""
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    if gradients.keys() != expected_gradients.keys():
+        raise WrongError(f"{what}: gradients of {sorted(gradients.keys() ^ expected_gradients.keys())[:3]}")
+    total = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in expected_gradients.values()))
+    worst, name = max(
+        (float((gradients[name] - g).norm()) / max(float(g.norm()), GRADIENT_FLOOR * total), name)
+        for name, g in expected_gradients.items()
+    )
+    errors.update(loss_error := abs(loss / expected_loss - 1), worst)
+    if not (loss_error <= LOSS_TOLERANCE and worst <= GRADIENT_TOLERANCE):
+        raise WrongError(f"{what}: loss off by {loss_error:.0e}, the gradient of {name} by {worst:.0e}")
+
+
+@torch.no_grad()
+def check_causality(enabled: Any, plain: Any, generator: torch.Generator) -> None:
+    """Raises WrongError if a later token changes an earlier row: of logits, or of the losses of a patch step."""
+    patch_size, changed = PATCH_SIZES[-1], 3  # the last patches, whose tokens change
+    ids = torch.randint(*ORDINARY_TOKENS, (2, PATCHES * patch_size), generator=generator)
+    other = ids.clone()
+    other[:, -changed * patch_size :] = torch.randint(*ORDINARY_TOKENS, (2, changed * patch_size), generator=generator)
+    logits = [plain(input_ids=tokens).logits[:, : -changed * patch_size] for tokens in (ids, other)]
+    enabled.patch_size, losses = patch_size, []
+    for tokens in (ids, other):
+        enabled(input_ids=tokens, labels=tokens)
+        losses.append(enabled._patch_state.last_step.losses[:, : -changed - 1])  # the next row has changed targets
+    for what, (a, b) in (("logits", logits), ("losses of a patch step", losses)):
+        if not (a - b).abs().max() <= LOSS_TOLERANCE * a.abs().max():
+            raise WrongError(f"not causal: later tokens change {what}")
 
 
 def table(rows: list[Row]) -> str:
@@ -222,26 +275,30 @@ def table(rows: list[Row]) -> str:
     import transformers
 
     counts = Counter(row.verdict for row in rows)
-    exact = counts["fused"] + counts["materialised"]
     lines = [
         "# Models of Hugging Face transformers", "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, {datetime.date.today()}; made by "
         "`python bench/hf_support.py`.", "",
-        f"Of {len(rows)} model types with a causal language model: {exact} exact ({counts['fused']} fused, "
-        f"{counts['materialised']} materialised), {counts['refused']} refused, {counts['not built']} not built at a "
-        f"tiny size, {counts['wrong']} wrong.", "",
-        "Each is built at a tiny size with random weights. *loss* and *gradients*: the relative error of a step on "
-        f"every token {PATCH_SIZE} times in patches of {PATCH_SIZE} against the unmodified model's on the tokens once "
-        "(all gradients as one vector); *random*: of the loss of random tokens against one formed by hand from mean "
-        "embeddings (not where the model adds a loss of its own). In fp32. What counts for a model of other settings "
-        "is what `enable` says of it.", "",
-        "| model type | class | | loss | gradients | random | reason |", "| --- | --- | --- | --- | --- | --- | --- |",
+        f"Of {len(rows)} model types with a causal language model: {counts['fused'] + counts['materialised']} exact "
+        f"({counts['fused']} fused, {counts['materialised']} materialised), {counts['refused']} refused, "
+        f"{counts['not built']} not built, {counts['mixed']} mixed, {counts['wrong']} wrong.", "",
+        "Each is built at a tiny size from its default configuration and enabled six times: with the weights that "
+        "transformers gives a new model and with a head of zeros, in three dtypes. *mixed*: not the same in all six.",
+        "", f"| weights | dtype | {' | '.join(VERDICTS)} |", "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    for case in CASES:
+        found = Counter(row.verdicts[case] for row in rows)
+        lines.append(f"| {' | '.join((*case, *(str(found[verdict]) for verdict in VERDICTS)))} |")
+    lines += ["", *HOW_IT_IS_JUDGED, ""]
+    lines += ["| model type | class | | loss | gradient | reason |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        errors = ["" if math.isnan(error) else f"{error:.0e}" for error in (row.loss, row.gradient, row.random)]
+        errors = (f"{row.errors.loss:.0e}", f"{row.errors.gradient:.0e}") if row.errors else ("", "")
+        verdict = row.verdict
+        if verdict == "mixed":
+            verdict = "; ".join(f"{' '.join(case)}: {found}" for case, found in row.verdicts.items())
         reason = " ".join(row.reason.split()).replace("|", "\\|")
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
-        lines.append(f"| {row.kind} | {row.architecture} | {row.verdict} | {' | '.join(errors)} | {reason} |")
+        lines.append(f"| {row.kind} | {row.architecture} | {verdict} | {' | '.join(errors)} | {reason} |")
     return "\n".join(lines) + "\n"
 
 
@@ -261,7 +318,7 @@ def main() -> int:
     for kind, name in sorted(NAMES.items()):
         if not arguments.kinds or kind in arguments.kinds:
             rows.append(examine(kind, name[0] if isinstance(name, list | tuple) else name))
-            print(f"{len(rows):>4} {rows[-1]}", flush=True)
+            print(f"{len(rows):>4} {kind} {rows[-1].verdict} {rows[-1]}", flush=True)
     if arguments.out:
         Path(arguments.out).write_text(table(rows))
     print(Counter(row.verdict for row in rows))
