@@ -7,8 +7,11 @@ load on any number of processes.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,16 @@ def save_checkpoint(
     """Saves a run on one process, and removes all but the newest ``keep`` checkpoints.
 
     ``state`` holds whatever else the caller needs to resume; it is written as JSON, and :func:`read_state` returns it.
+
+    Raises:
+        TypeError: an optimizer's state or a module's extra state holds an object that torch does not load without
+            running code.
     """
     temporary = _begin(root, step)
     save_file({name: tensor.contiguous() for name, tensor in _tensors(model).items()}, temporary / "model.safetensors")
-    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / OPTIMIZER_FILE)
+    states = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "model": _extra_states(model)}
+    torch.save(states, temporary / OPTIMIZER_FILE)
+    _check_loadable(temporary / OPTIMIZER_FILE, "the state of an optimizer, or the extra state of a module, holds")
     save_file(_generator_states(), temporary / _generator_file(0))
     _finish(temporary, root, step, state, keep)
 
@@ -53,7 +62,8 @@ def save_distributed(
     temporary = _begin(root, step) if is_first else _temporary_folder(root, step)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizers)
-    state_dict_saver.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary / DISTRIBUTED)
+    values = {"model": weights, "optimizer": moments, "buffers": _other_buffers(model)}
+    state_dict_saver.save(values, checkpoint_id=temporary / DISTRIBUTED)
     save_file(_generator_states(), temporary / _generator_file(dist.get_rank()))
     dist.barrier()
     if is_first:
@@ -139,7 +149,8 @@ def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer
         # get_state_dict makes a state for every parameter. One that never had a gradient has none in the checkpoint.
         saved = {key.rsplit(".", 1)[0] for key in FileSystemReader(path).read_metadata().state_dict_metadata}
         states = {name: entry for name, entry in moments["state"].items() if f"optimizer.state.{name}" in saved}
-        state: dict[str, Any] = {"model": weights, "optimizer": {**moments, "state": states}}
+        buffers = _other_buffers(model)
+        state: dict[str, Any] = {"model": weights, "optimizer": {**moments, "state": states}, "buffers": buffers}
         state_dict_loader.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
@@ -147,6 +158,9 @@ def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer
         model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=False),
     )  # fmt: skip
+    entries = {parameter: states.get(name, {}) for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        _keep_dtypes(optimizer, entries)
 
 
 def _load_files(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -156,28 +170,97 @@ def _load_files(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> 
     if saved != expected:
         differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise ValueError(f"the checkpoint {folder} is of another model: {differing[:5]} differ")
-    try:
-        states = torch.load(folder / OPTIMIZER_FILE, map_location=CPU, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"the checkpoint {folder} is damaged: {OPTIMIZER_FILE}: {error}") from error
+    states = _read_states(folder / OPTIMIZER_FILE)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(_shard_of(saved_tensors[name], tensor))
-    for optimizer, state in zip(optimizers, states, strict=True):
-        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            value = _shard_of(saved_tensors[name], tensor)
+            for dim, stride in enumerate(tensor.stride()):
+                if stride == 0:  # expanded along this dimension: all elements share memory, which is written once
+                    tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            tensor.copy_(value)
+    for name, extra in states["model"].items():
+        model.get_submodule(name).set_extra_state(extra)
+    for optimizer, state in zip(optimizers, states["optimizers"], strict=True):
         for index, entry in state["state"].items():
-            state["state"][index] = {name: _shard_of(value, ordered[index]) for name, value in entry.items()}
-        optimizer.load_state_dict(state)
+            parameter = _parameters_by_index(optimizer).get(index)
+            state["state"][index] = {name: _shard_of(value, parameter) for name, value in entry.items()}
+        load_optimizer(optimizer, state)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state)``, with every tensor in its own dtype, and not in that of its parameter."""
+    optimizer.load_state_dict(state)
+    parameters = _parameters_by_index(optimizer)
+    _keep_dtypes(optimizer, {parameters[i]: entry for i, entry in state["state"].items() if i in parameters})
+
+
+def _keep_dtypes(optimizer: Optimizer, saved: dict[Any, dict[str, Any]]) -> None:
+    """Puts tensors into the optimizer's state again that have another dtype there than those saved."""
+    for parameter, entry in optimizer.state.items():
+        for name, value in saved.get(parameter, {}).items():
+            loaded = entry.get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                entry[name] = value.to(loaded.device, copy=True)
+
+
+def _parameters_by_index(optimizer: Optimizer) -> dict[Any, Tensor]:
+    """The parameters by the numbers that they have in the optimizer's ``state_dict``."""
+    return dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+
+
+def _read_states(file: Path) -> dict[str, Any]:
+    try:
+        states: dict[str, Any] = torch.load(file, map_location=CPU, weights_only=True)
+        return states
+    except Exception as error:
+        raise ValueError(f"the checkpoint {file.parent} is damaged: {file.name}: {error}") from error
+
+
+def check_settings(optimizer: Optimizer) -> None:
+    """Raises ``TypeError`` if the optimizer's settings hold objects that torch does not load without running code."""
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict()["param_groups"], buffer)
+    buffer.seek(0)
+    _check_loadable(buffer, "the settings of an optimizer hold")
+
+
+def _check_loadable(source: Path | io.BytesIO, description: str) -> None:
+    """Raises ``TypeError`` if what ``torch.save`` wrote holds objects that torch does not load without running code."""
+    try:
+        torch.load(source, map_location=CPU, weights_only=True, mmap=isinstance(source, Path))
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise TypeError(
+            f"{description} an object that cannot be saved safely, {refused[1] if refused else error}: expected "
+            "numbers, strings and tensors, and lists and dicts of them"
+        ) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the model and the buffers that its ``state_dict`` holds. Shared ones are there once."""
-    saved = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *buffers.items()]}
+    """The parameters and buffers of the model. Shared ones are there once."""
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _shard_of(value: Any, parameter: Tensor) -> Any:
+def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not persistent, so that the model's ``state_dict`` does not hold them."""
+    found = {}
+    for module_name, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None:
+                found[f"{module_name}.{name}"] = buffer
+    return found
+
+
+def _extra_states(model: nn.Module) -> dict[str, Any]:
+    """What modules save beside parameters and buffers (``get_extra_state``), by the modules' names."""
+    return {
+        name: module.get_extra_state()
+        for name, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+
+
+def _shard_of(value: Any, parameter: Tensor | None) -> Any:
     """This process's shard of a full tensor. Anything of another shape than the parameter, and what belongs to an
     unsharded parameter, is returned as it is.
     """

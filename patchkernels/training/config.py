@@ -288,7 +288,7 @@ class TrainConfig:
         and saves. The path of the text may change too, because the corpus's digest is compared instead.
         """
         free = {
-            "run": {"out", "device", "compile", "parallel", "minutes"},
+            "run": {"out", "device", "compile", "parallel", "accumulation", "minutes"},
             "data": {"path", "tokenizer", "cache_dir"},
         }
         values = json.loads(json.dumps(dataclasses.asdict(self)))

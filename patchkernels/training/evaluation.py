@@ -34,7 +34,8 @@ def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
     """
     if run.held_out is None:
         return {}
-    with evaluating(run.model):
+    with modes_restored(run.model):
+        run.model.eval()
         token_loss = slot_losses(run, 1)[0] if run.objective.takes_reduction else mean_loss(run, 1)
         values: dict[str, Any] = {"validation_loss": token_loss}
         if run.bytes_per_token is not None:
@@ -45,15 +46,14 @@ def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode inside the block. Afterwards every module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """After the block every module is in training or evaluation mode as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 def initial_losses(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from patchkernels.data.batches import Rows
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.console import Display
 from patchkernels.training.evaluation import evaluate, is_time_to_evaluate
@@ -14,8 +15,8 @@ from patchkernels.training.run import Run
 from patchkernels.training.stop import Stopped
 
 
-def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
-    """The newest checkpoint of the folder, or None for a new run.
+def checkpoint_to_resume(out: Path, resume: bool | str) -> Path | None:
+    """The newest checkpoint of the folder, or None for a new run. ``"auto"`` resumes if there is one.
 
     Raises:
         FileExistsError: the folder holds a run that is not to be resumed.
@@ -23,8 +24,8 @@ def checkpoint_to_resume(out: Path, resume: bool) -> Path | None:
     """
     saved = checkpoints(out / "checkpoints")
     if saved and not resume:
-        raise FileExistsError(f"{out} holds a run: resume it (--resume), or write to another folder (--out)")
-    if resume and not saved:
+        raise FileExistsError(f"{out} holds a run: resume it (--resume, or resume=True), or write to another folder")
+    if resume is True and not saved:
         raise FileNotFoundError(f"nothing to resume: {out} holds no checkpoint")
     return saved[-1] if saved else None
 
@@ -52,7 +53,7 @@ def loop(
             patch_size = run.phase.patch_size
 
             with run.timed():
-                rows = run.read()
+                rows = read_or_save(run)
                 values = run.train_step(rows)
 
             evaluated = is_time_to_evaluate(run)
@@ -74,6 +75,16 @@ def loop(
             raise Stopped(run.stop.code)
 
 
+def read_or_save(run: Run) -> list[Rows]:
+    """What the next step reads. If reading fails, a run on one process is saved first."""
+    try:
+        return run.read()
+    except Exception:
+        if run.step > 0 and not is_time_to_save(run) and run.processes.world_size == 1:
+            run.save()
+        raise
+
+
 def is_time_to_save(run: Run) -> bool:
     """True every ``save_every`` steps, at the end of a phase, and before the run stops early."""
     return run.step % run.config.checkpoint.save_every == 0 or run.phase_ended or run.stop.code != 0
@@ -82,7 +93,7 @@ def is_time_to_save(run: Run) -> bool:
 def stop_if_asked(run: Run, display: Display) -> None:
     """Raises ``Stopped`` if a signal or the deadline asks for it, unless the run is at its last step anyway."""
     if run.stop.code and not run.finished:
-        display.say(f"stopped after step {run.step} ({run.stop.reason}); resume it to go on (--resume)")
+        display.say(f"stopped after step {run.step} ({run.stop.reason}); resume it to go on (--resume, or resume=True)")
         raise Stopped(run.stop.code)
 
 

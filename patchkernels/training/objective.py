@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,16 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 from patchkernels.hf.patch_step import PatchSizeMixin
 from patchkernels.nn import PatchEmbedding
 
+IDS, PATCH_SIZE = "input_ids", "patch_size"
+LABELS = ("labels", "targets", "target")  # what models call the parameter for labels
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 
 class Objective:
-    """The loss of a model on rows of tokens, at any patch size. The model has one of three interfaces:
+    """The loss of a model on rows of tokens, at any patch size.
 
-    - a ``forward(input_ids, labels, patch_size)``, which returns the loss;
-    - :func:`patchkernels.hf.enable` has prepared it;
-    - a ``forward(input_ids, labels)`` or ``forward(input_ids)`` which returns the loss, and in which a
-      :class:`patchkernels.PatchEmbedding` decides on the patch size (``embedding.patch_size``).
+    The patch size is an argument ``patch_size`` of the model's forward. If there is none, it is the attribute
+    ``patch_size`` of every :class:`patchkernels.PatchEmbedding` in the model and of every model in it that
+    :func:`patchkernels.hf.enable` has prepared; :meth:`restore` gives these their own values again.
 
-    The loss is a scalar tensor or the attribute ``loss`` of what is returned, the mean over all targets of the rows.
+    Token ids are the argument ``input_ids``, or else the first one. Labels are the argument ``labels``, ``targets`` or
+    ``target``, or else the only other one without a default; a forward without any takes the ids as its labels. A
+    forward that names no argument (``*args, **kwargs``) is given ``input_ids`` and ``labels``. The loss, the mean over
+    all targets of the rows, is what the model returns, or its attribute or entry ``loss``.
 
     Args:
         model: the model itself, without a wrapper.
@@ -32,44 +38,46 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        self.parameters = inspect.signature(model.forward).parameters
-        self.arguments = self._find_interface()
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        self.names = {name: p.default is p.empty for name, p in parameters.items() if p.kind in BY_NAME}
+        kinds = {parameter.kind for parameter in parameters.values()}
+        takes_any = bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+        if not self.names and inspect.Parameter.VAR_KEYWORD in kinds:  # of a wrapper, which passes on what it is given
+            self.names = {IDS: True, LABELS[0]: True}
+        self.patched: list[Any] = []
+        if PATCH_SIZE not in self.names:
+            self.patched = [m for m in model.modules() if isinstance(m, PatchEmbedding | PatchSizeMixin)]
+        self.patch_sizes = [module.patch_size for module in self.patched]
+        self.ids = IDS if IDS in self.names else next((name for name in self.names if name != PATCH_SIZE), None)
+        self.labels = self._labels()
+        if (
+            self.ids is None
+            or not (self.patched or PATCH_SIZE in self.names)
+            or (self.labels is None and (takes_any or PATCH_SIZE in self.names))
+            or any(needed and name not in (self.ids, self.labels, PATCH_SIZE) for name, needed in self.names.items())
+        ):
+            raise TypeError(
+                f"{type(model).__name__} cannot take patch steps: expected forward(input_ids, labels, patch_size), or "
+                "forward(input_ids, labels) with a PatchEmbedding in the model or a model that patchkernels.hf.enable "
+                f"prepared; got forward{inspect.signature(model.forward)}"
+            )
 
-    def _find_interface(self) -> Callable[[Tensor, Tensor, int], dict[str, Any]]:
-        """The function that prepares a call at a patch size and returns the arguments of the call."""
-        if isinstance(self.model, PatchSizeMixin):
-            return self._enabled
-        names = list(self.parameters)
-        if "patch_size" in names and len(names) > 2:
-            return lambda ids, labels, patch_size: {names[0]: ids, names[1]: labels, "patch_size": patch_size}
-        self.embeddings = [module for module in self.model.modules() if isinstance(module, PatchEmbedding)]
-        if self.embeddings and names:
-            return self._with_embeddings
-        raise TypeError(
-            f"{type(self.model).__name__} cannot take patch steps: expected forward(input_ids, labels, patch_size), a "
-            "PatchEmbedding in the model, or a model prepared by patchkernels.hf.enable; got "
-            f"forward({', '.join(names)})"
-        )
-
-    def _enabled(self, ids: Tensor, labels: Tensor, patch_size: int) -> dict[str, Any]:
-        self.model.patch_size = patch_size
-        return {"input_ids": ids, "labels": labels}
-
-    def _with_embeddings(self, ids: Tensor, labels: Tensor, patch_size: int) -> dict[str, Any]:
-        for embedding in self.embeddings:
-            embedding.patch_size = patch_size
-        return dict(zip(self.parameters, (ids, labels)))
+    def _labels(self) -> str | None:
+        """The name of the parameter for labels."""
+        known = [name for name in LABELS if name in self.names]
+        needed = [n for n, is_needed in self.names.items() if is_needed and n not in (self.ids, PATCH_SIZE)]
+        return known[0] if known else needed[0] if len(needed) == 1 else None
 
     @property
     def takes_labels(self) -> bool:
         """Whether the labels may differ from the ids."""
-        return len(self.parameters) > 1
+        return self.labels is not None
 
     @property
     def takes_reduction(self) -> bool:
         """Whether ``reduction="none"`` gives the loss of every target, ``(B, T / K, K)``, as ``PatchLM``'s does."""
-        return "reduction" in self.parameters
+        return "reduction" in self.names
 
     def __call__(
         self,
@@ -80,19 +88,38 @@ class Objective:
         reduction: str = "mean",
         documents: Tensor | None = None,  # (B, T)
     ) -> Tensor:
-        """The loss, computed by calling ``module``, which is the model or a wrapper of it."""
-        options: dict[str, Any] = {} if reduction == "mean" else {"reduction": reduction}
+        """The loss, computed by calling ``module``, which is the model or a wrapper of it.
+
+        Raises:
+            TypeError: what the model returns is no loss of the expected shape.
+        """
+        arguments: dict[str, Any] = {self.ids or IDS: ids}
+        if self.labels is not None:
+            arguments[self.labels] = labels
+        if PATCH_SIZE in self.names:
+            arguments[PATCH_SIZE] = patch_size
+        for patched in self.patched:
+            patched.patch_size = patch_size
+        if reduction != "mean":
+            arguments["reduction"] = reduction
         if documents is not None:
-            options["document_ids"] = documents
-        output = module(**self.arguments(ids, labels, patch_size), **options)
-        loss = getattr(output, "loss", output)
-        if not isinstance(loss, Tensor) or (reduction != "none" and loss.ndim > 0):
-            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            arguments["document_ids"] = documents
+        output = module(**arguments)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+        shape = (len(ids), ids.shape[1] // patch_size, patch_size) if reduction == "none" else ()
+        if not isinstance(loss, Tensor) or tuple(loss.shape) != shape:
+            wanted = f'with reduction="none" losses of shape {shape}' if shape else "the loss, a scalar tensor"
+            found = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise TypeError(
-                f"{type(self.model).__name__}.forward must return the loss, a scalar tensor or an attribute 'loss'; "
-                f"got {type(loss).__name__}{shape}"
+                f"{type(self.model).__name__}.forward must return {wanted}, or an attribute or entry 'loss' with it; "
+                f"got {type(loss).__name__}{found}"
             )
         return loss
+
+    def restore(self) -> None:
+        """Gives the embeddings and models that hold the patch size the one that they came with."""
+        for module, patch_size in zip(self.patched, self.patch_sizes):
+            module.patch_size = patch_size
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

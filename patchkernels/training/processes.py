@@ -159,6 +159,13 @@ def synchronized(module: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are DTensors; those of FSDP2 are plain tensors between forward and backward."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor that this process holds a shard of. A tensor that is not sharded is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

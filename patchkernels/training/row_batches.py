@@ -2,11 +2,13 @@
 
 A row is ``context`` token ids: a tensor, an array, a list, or a dictionary with ``input_ids`` and, where they differ,
 ``labels``. In a phase of patch size K, K rows make one row of a batch if all steps have equal numbers of positions. The
-rows that a step reads depend on the step alone, so that a resumed run reads what it would have read.
+rows that a step reads depend on the step alone, so that a resumed run reads what it would have read. Rows that draw
+random numbers from torch, such as a loader that shuffles, draw from a generator of their own on the CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +24,25 @@ from patchkernels.hf.rows import PatchRows, PatchStream
 from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import Schedule
 
+DIGEST_ROWS = 64  # how many rows of a dataset are read to name it
+
+
+@contextlib.contextmanager
+def drawing_from(state: Tensor) -> Iterator[None]:
+    """Lets torch's generator on the CPU draw from this state inside the block, and moves the state on."""
+    outside = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        state.copy_(torch.get_rng_state())
+        torch.set_rng_state(outside)
+
+
+def generator_state(*seed: int) -> Tensor:
+    """The state of a generator on the CPU, for these non-negative numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0])).get_state()
+
 
 class CheckedRows:
     """The rows of a dataset or of an iterable, each checked and as a dictionary of ``input_ids`` and ``labels``.
@@ -29,27 +50,29 @@ class CheckedRows:
     Attributes:
         context: number of tokens of a row, that of the first one.
         has_length: whether rows can be read in any order; otherwise only one after the other.
-        brings_labels: whether rows may have labels that differ from their ids.
+        brings_labels: whether the rows are dictionaries, whose labels may differ from their ids.
+        random_state: that of the generator on the CPU which an iterable draws from.
 
     Raises:
         TypeError: neither a dataset nor an iterable.
         ValueError: there is no row, or the first one is none.
     """
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Any, seed: int = 0) -> None:
         if isinstance(rows, Mapping | str | bytes) or not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
             raise TypeError(f"rows must be a dataset or an iterable of rows of token ids, got {type(rows).__name__}")
         is_stream = isinstance(rows, IterableDataset)  # it has a __getitem__, which raises
         self.has_length = not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
         self.rows, self.context = rows, 0
-        self.is_iterator = not self.has_length and iter(rows) is rows  # can be read only once
-        if self.has_length:
-            first = rows[0] if len(rows) else None
-        else:
-            iterator = iter(rows)
-            first = next(iterator, None)
-            if self.is_iterator:
-                self.rows = itertools.chain([first], iterator)
+        self.random_state = generator_state(seed)
+        self.begun: Iterator[Any] | None = None  # all rows, of which the first has been looked at
+        with drawing_from(self.random_state):
+            if self.has_length:
+                first = rows[0] if len(rows) else None
+            else:
+                iterator = iter(rows)
+                first = next(iterator, None)
+                self.begun = itertools.chain([first], iterator)
         if first is None:
             raise ValueError("there are no rows: the dataset is empty")
         self.brings_labels = isinstance(first, Mapping)
@@ -63,43 +86,57 @@ class CheckedRows:
         return self.check(self.rows[number], number)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self.rows is None:
-            raise ValueError("the rows are an iterator, which has ended: pass an iterable that can begin again")
-        rows: Iterable[Any] = (self.rows[i] for i in range(len(self))) if self.has_length else self.rows
-        if self.is_iterator:
-            self.rows = None
+        rows: Iterable[Any] = (self.rows[i] for i in range(len(self))) if self.has_length else self._begin()
         for number, row in enumerate(rows):
             yield self.check(row, number)
 
+    def _begin(self) -> Iterator[Any]:
+        """The rows of an iterable from the first one on."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            iterator = iter(self.rows)
+            if (first := next(iterator, None)) is None:
+                raise ValueError("the rows have ended and cannot be read again: pass an iterable that begins again")
+            begun = itertools.chain([first], iterator)
+        return begun
+
     def check(self, row: Any, number: int) -> dict[str, Tensor]:
         """``input_ids`` and ``labels`` of a row, each int64 of shape (context). Masked tokens have ignored labels."""
+        if isinstance(row, Mapping) != self.brings_labels:
+            raise ValueError(f"row {number}: either all rows are dictionaries or none, got {type(row).__name__}")
         fields = row if isinstance(row, Mapping) else {"input_ids": row}
         if "input_ids" not in fields:
             raise ValueError(f"row {number} must hold input_ids, got {sorted(fields)}")
-        ids, labels, mask = (fields.get(name) for name in ("input_ids", "labels", "attention_mask"))
-        ids = as_tensor(ids)
-        labels = ids if labels is None else as_tensor(labels)
-        for name, tensor in (("input_ids", ids), ("labels", labels)):
-            if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim != 1 or not len(tensor):
+        given = {name: fields.get(name) for name in ("input_ids", "labels", "attention_mask")}
+        tensors = {name: as_tensor(values) for name, values in given.items() if values is not None}
+        length = self.context or (len(tensors["input_ids"]) if tensors["input_ids"].ndim else 0)
+        for name, tensor in tensors.items():
+            is_integer = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+            if not is_integer or tensor.ndim != 1 or not len(tensor) or (tensor.dtype == torch.bool and "ids" in name):
                 raise ValueError(
-                    f"row {number}: {name} must be the token ids of one row, got {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)}"
+                    f"row {number}: {name} must be integers, one for each token of the row, got {tensor.dtype} of "
+                    f"shape {tuple(tensor.shape)}"
                 )
-            if len(tensor) != (self.context or len(ids)):
+            if len(tensor) != length:
                 raise ValueError(
-                    f"row {number}: {name} must be {self.context or len(ids)} token ids, as many as in the first row, "
+                    f"row {number}: {name} must be {length} integers, as many as the first row has token ids, "
                     f"got {len(tensor)}"
                 )
-        if mask is not None:
-            labels = labels.masked_fill(as_tensor(mask) == 0, IGNORE_INDEX)
-        return {"input_ids": ids.long(), "labels": labels.long()}
+        ids = tensors["input_ids"].long()
+        labels = tensors.get("labels", ids).long()
+        if "attention_mask" in tensors:
+            labels = labels.masked_fill(tensors["attention_mask"] == 0, IGNORE_INDEX)
+        return {"input_ids": ids, "labels": labels}
 
     def digest(self) -> str:
-        """Names the rows by their number and by the first and the last of them; a stream by its first row."""
-        rows = [self.first, self[len(self) - 1]] if self.has_length else [self.first]
+        """Names the rows by their number and by some of them, evenly spread; a stream by its first row."""
+        rows = [self.first]
+        if self.has_length:
+            numbers = np.linspace(0, len(self) - 1, min(DIGEST_ROWS, len(self)), dtype=int).tolist()
+            rows = [self[number] for number in numbers]
         content = hashlib.sha256(str(len(self) if self.has_length else None).encode())
         for tensor in (tensor for row in rows for tensor in row.values()):
-            content.update(tensor.numpy().tobytes())
+            content.update(tensor.cpu().numpy().tobytes())
         return content.hexdigest()[:16]
 
 
@@ -117,13 +154,14 @@ class RowBatches:
     def __init__(
         self, rows: CheckedRows, schedule: Schedule, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.rows = PatchRows(rows, schedule, seed, shuffle)
+        self.rows, self.seed = PatchRows(rows, schedule, seed, shuffle), seed
         self.labels_are_ids = not rows.brings_labels
         self.batch_size, self.rank, self.world_size = schedule.batch_size, rank, world_size
 
     def batch(self, step: int) -> Rows:
         numbers = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world_size)
-        return stacked([self.rows[number] for number in numbers], self.labels_are_ids)
+        with drawing_from(generator_state(self.seed, step)):
+            return stacked([self.rows[number] for number in numbers], self.labels_are_ids)
 
 
 class StreamBatches:
@@ -133,7 +171,7 @@ class StreamBatches:
     """
 
     def __init__(self, rows: CheckedRows, schedule: Schedule, rank: int = 0, world_size: int = 1) -> None:
-        self.stream = iter(PatchStream(rows, schedule))
+        self.stream, self.random_state = iter(PatchStream(rows, schedule)), rows.random_state
         self.labels_are_ids = not rows.brings_labels
         self.batch_size, self.rank, self.world_size = schedule.batch_size, rank, world_size
         self.step = -1  # of the latest batch
@@ -143,7 +181,8 @@ class StreamBatches:
         """The batch of the step of the last call, or of a later one."""
         if step != self.step:
             skipped = (step - self.step - 1) * self.batch_size
-            rows = list(itertools.islice(self.stream, skipped, skipped + self.batch_size))
+            with drawing_from(self.random_state):
+                rows = list(itertools.islice(self.stream, skipped, skipped + self.batch_size))
             self.step, self.latest = step, stacked(rows[self.rank :: self.world_size], self.labels_are_ids)
         return self.latest
 

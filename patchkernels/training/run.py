@@ -6,6 +6,7 @@ A checkpoint need not keep the phase, the learning rate or the position in the t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -20,10 +21,16 @@ from patchkernels.data.batches import Rows
 from patchkernels.model.patch_lm import patch_targets
 from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import Phase, Schedule
-from patchkernels.training.checkpoint import load_checkpoint, read_state, save_checkpoint, save_distributed
+from patchkernels.training.checkpoint import (
+    load_checkpoint,
+    load_optimizer,
+    read_state,
+    save_checkpoint,
+    save_distributed,
+)
 from patchkernels.training.config import LoopConfig
 from patchkernels.training.objective import Objective, synchronizing_module, unwrapped
-from patchkernels.training.processes import Processes, full_tensor, synchronized
+from patchkernels.training.processes import Processes, full_tensor, is_sharded, synchronized
 from patchkernels.training.stop import StopRequest
 
 
@@ -54,6 +61,8 @@ class Run:
         held_out: rows that the validation loss is measured on.
         step_flops: of one step, for each phase.
         bytes_per_token: of the held-out rows.
+        warms_up: run forward and backward once before the first step of a phase, so that the seconds of the log are
+            those of training alone. The model must have no state that this would change.
     """
 
     def __init__(
@@ -71,13 +80,18 @@ class Run:
         held_out: Rows | None = None,
         step_flops: list[int] | None = None,
         bytes_per_token: float | None = None,
+        warms_up: bool = False,
     ) -> None:
         self.out, self.config, self.identity = out, config, identity
         self.processes, self.device, self.stop = processes, processes.device, stop
         self.model, self.parallel_model = unwrapped(model), synchronizing_module(model)
         self.compiled_model: Any = torch.compile(model, dynamic=False) if config.compile else model
         self.objective = Objective(self.model)
-        self.optimizers = list(optimizers)
+        self.optimizers, self.warms_up = list(optimizers), warms_up
+        self.trained = [parameter for group in self.groups for parameter in group["params"]]
+        self.fresh_states: list[dict[str, Any]] = []  # of the optimizers, if they are reset
+        if config.optimizer_at_switch == "reset":
+            self.fresh_states = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers]
         self.peaks = [dataclasses.replace(config.learning_rate, peak=float(group["lr"])) for group in self.groups]
         self.batches, self.schedule, self.held_out = batches, schedule, held_out
         self.step_flops, self.bytes_per_token = step_flops, bytes_per_token
@@ -115,33 +129,25 @@ class Run:
         It is called before every step. The reset happens only where a phase begins, the warm-up once for each phase.
         """
         index, steps_done = self.schedule.locate(self.step)
-        if steps_done == 0 and self.step > 0 and self.config.optimizer_at_switch == "reset":
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
-        if index not in self.warm_phases:
+        if steps_done == 0 and self.step > 0:
+            for optimizer, fresh in zip(self.optimizers, self.fresh_states):
+                load_optimizer(optimizer, fresh)
+        if self.warms_up and index not in self.warm_phases:
             self.warm_up()
             self.warm_phases.add(index)
 
     def warm_up(self) -> None:
-        """Runs forward and backward once, and restores what they change: gradients, buffers and the random state.
+        """Runs forward and backward once, and clears the gradients and the random numbers that were drawn.
 
         Compiling and first allocations then happen here, so that their time is not counted as training.
         """
         began = time.perf_counter()
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.loss(*self.read()[0], self.phase.patch_size).backward()
-        self.zero_grad()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.compile_seconds += time.perf_counter() - began
-
-    def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
     @property
     def phase(self) -> Phase:
@@ -172,11 +178,14 @@ class Run:
         self.set_rates(rates)
         total = torch.zeros((), device=self.device)
         for index, (rows, share) in enumerate(zip(parts, self.shares(parts, phase))):
+            ids, labels, documents = rows
+            if not share:  # a mean over no target is NaN in most losses: compute any loss, and multiply it by 0
+                labels = ids
             with synchronized(self.parallel_model, last=index + 1 == len(parts)):
-                loss = self.loss(*rows, phase.patch_size) * share
+                loss = self.loss(ids, labels, documents, phase.patch_size) * share
                 loss.backward()
             total += loss.detach()
-        gradient_norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        gradient_norm = full_tensor(nn.utils.clip_grad_norm_(self.trained, self.config.clip))
         flags = [torch.tensor(flag) for flag in self.stop.flags()]
         mean_loss, mean_norm, signalled, late = self.processes.mean(total, gradient_norm, *flags)
         self.stop.agree(signalled, late)
@@ -187,7 +196,7 @@ class Run:
             )
         for optimizer in self.optimizers:
             optimizer.step()
-        self.zero_grad()
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         return {"loss": mean_loss, "grad_norm": mean_norm, "lr": rates[0]}
 
@@ -229,8 +238,8 @@ class Run:
         phase, raw_tokens = self.schedule.phases[index], self.schedule.raw_tokens(self.step)
         values = {
             "step": self.step, "phase": index + 1, "patch_size": phase.patch_size, "raw_tokens": raw_tokens,
-            **({"flops": self.flops()} if self.step_flops else {}),
-            "seconds": self.seconds, "compile_seconds": self.compile_seconds,
+            **({"flops": self.flops()} if self.step_flops else {}), "seconds": self.seconds,
+            **({"compile_seconds": self.compile_seconds} if self.warms_up else {}),
         }  # fmt: skip
         if self.step > 0:
             row_count, seconds = self.schedule.batch_size, self.step_seconds
@@ -243,7 +252,8 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint, all processes together."""
         state = {"identity": self.identity, "seconds": self.seconds, "compile_seconds": self.compile_seconds}
-        save = save_distributed if self.processes.world_size > 1 else save_checkpoint
+        together = self.processes.world_size > 1 or is_sharded(self.model)
+        save = save_distributed if together else save_checkpoint
         save(self.out / "checkpoints", self.step, self.model, self.optimizers, state, self.config.checkpoint.keep)
 
     def restore(self, checkpoint: Path) -> None:

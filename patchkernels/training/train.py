@@ -101,6 +101,7 @@ def prepare_run(config: TrainConfig, corpus: Corpus, processes: Processes, stop:
         held_out=read_rows(corpus.validation, held_out, context, packed),
         step_flops=step_flops(architecture, schedule),
         bytes_per_token=corpus.bytes_per_token,
+        warms_up=True,
     )
 
 
