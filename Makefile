@@ -39,10 +39,10 @@ test-triton-%: $(VENV)/.installed-dev
 		tests/kernels/test_configurations.py tests/kernels/test_compiled.py $(ARGS)
 
 # For single tests, installed outside of the environment since they conflict with it: the oldest transformers that we
-# support, the newest with TRL, which Python 3.10 does not have, and torchtitan, which excludes our version of datasets.
+# support, the newest, which Python 3.10 does not have, and torchtitan, which excludes our version of datasets.
 OLDEST = transformers==5.0.0 accelerate==1.10.0 huggingface-hub==1.33.0 tokenizers==0.22.2 typer-slim==0.24.0 \
 	httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
-NEWEST = 'transformers==5.24.0; python_version >= "3.11"' 'trl==1.16.0; python_version >= "3.11"'
+NEWEST = 'transformers==5.24.0; python_version >= "3.11"'
 TORCHTITAN = torchtitan==0.3.0 spmd_types==0.2.3 torchdata==0.11.0 torch_checkpointing==0.1.1 tensorboard==2.21.0 \
 	absl-py==2.5.1 protobuf==7.36.2
 OTHERS = $(abspath $(VENV))-others
