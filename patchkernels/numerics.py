@@ -79,8 +79,8 @@ def check_loss_options(options: LossOptions) -> None:
 
 
 def check_patch_size(patch_size: int) -> None:
-    """Raises ValueError for a patch size below 1, and TypeError for a fraction."""
-    if isinstance(patch_size, float):
+    """Raises ValueError for a patch size below 1, and TypeError for what is no integer."""
+    if isinstance(patch_size, float | bool):
         raise TypeError(f"patch_size must be an integer, got {patch_size}")
     if patch_size < 1:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")

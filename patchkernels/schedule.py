@@ -50,6 +50,8 @@ def parse_phases(phases: Phases, shares_of: str = "data", convention: str = "pos
     if shares_of not in SHARES:
         raise ValueError(f"shares must be of one of {SHARES}, got {shares_of!r}")
     parts = phases.replace(",", " ").split() if isinstance(phases, str) else phases
+    if not isinstance(parts, Sequence):
+        raise ValueError(f"phases look like '4:2/3,1:1/3' or [(4, 2 / 3), (1, 1 / 3)]; got {phases!r}")
     parsed = [parse_phase(part) for part in parts]
     if not parsed or any(phase.patch_size < 1 or not phase.share > 0 for phase in parsed):
         raise ValueError(f"phases need patch sizes of at least 1 and positive shares, got {phases!r}")
@@ -65,7 +67,7 @@ def parse_phase(part: str | tuple[int, Share]) -> Phase:
     """The phase that ``"4:2/3"``, ``(4, 2 / 3)`` or ``(4, "2/3")`` stands for, each a patch size and a share."""
     try:
         size, share = part.split(":") if isinstance(part, str) else part
-        if not isinstance(size, str) and size != int(size):
+        if isinstance(size, bool) or (not isinstance(size, str) and size != int(size)):
             raise ValueError
         return Phase(int(size), float(Fraction(share)))
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from patchkernels.hf.class_swap import restore_class, swap_class
+from patchkernels.hf.class_swap import check_restorable, restore_class, swap_class
 from patchkernels.hf.modules import (
     LogitMap,
     LossHeadMixin,
@@ -16,6 +16,7 @@ from patchkernels.hf.modules import (
     PatchSettings,
     PatchState,
     has_foreign_hooks,
+    options_of,
     runs_forward_of,
 )
 from patchkernels.hf.patch_step import PatchStepMixin
@@ -43,7 +44,7 @@ def can_swap_head(model: Any) -> bool:
 
 def attach(model: Any, kind: StepKind) -> PatchState:
     """Makes the model take patch steps of this kind. Returns the state that its modules share."""
-    state = PatchState(PatchSettings(logit_map=kind.logit_map))
+    state = PatchState(PatchSettings(logit_map=kind.logit_map, loss_options=options_of(model.loss_function)))
     swap_class(model, PatchStepMixin, state)
     if kind.swaps_embedding:
         swap_class(model.get_input_embeddings(), PatchEmbeddingMixin, state)
@@ -53,8 +54,11 @@ def attach(model: Any, kind: StepKind) -> PatchState:
 
 
 def detach(model: Any) -> None:
-    """Restores the classes of the model and all its modules."""
-    for module in list(model.modules()):
+    """Restores the classes of the model and all its modules. ``ValueError`` if one was changed since."""
+    modules = list(model.modules())
+    for module in modules:
+        check_restorable(module)
+    for module in modules:
         restore_class(module)
 
 

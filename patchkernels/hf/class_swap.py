@@ -24,6 +24,11 @@ class SwappedClass:
         """Attributes of the swapped class that depend on the original class; none by default."""
         return {}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Makes ``type(module)(...)`` an ordinary module, as ``from_pretrained`` of that class does."""
+        self.__class__ = type(self)._patch_original_class
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the original class and the mixin, since pickle cannot find the class made of them by its name."""
         cls = type(self)
@@ -51,8 +56,27 @@ def swap_class(module: Any, mixin: Any, state: Any) -> None:
 def restore_class(module: Any) -> None:
     """Restores the class that ``module`` had before :func:`swap_class`. Has no effect on any other module."""
     if isinstance(module, SwappedClass):
+        vars(module).pop("forward", None)  # that of the swapped class, which accelerate's hooks leave behind
         module.__class__ = type(module)._patch_original_class
         del module._patch_state
+
+
+def check_restorable(module: Any) -> None:
+    """Raises ``ValueError`` if a swapped module has another class by now, or a forward on the instance."""
+    cls = type(module)
+    if not isinstance(module, SwappedClass):
+        return
+    if cls is not swapped_class(cls._patch_original_class, cls._patch_mixin):
+        raise ValueError(
+            f"a {cls.__name__} was given another class after the model was enabled, by parametrize or fully_shard for "
+            "example: undo that first"
+        )
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not cls.forward:
+        raise ValueError(
+            f"the forward of a {cls.__name__} was replaced after the model was enabled, by accelerate's hooks for "
+            "example: remove them first (accelerate.hooks.remove_hook_from_submodules)"
+        )
 
 
 @functools.cache

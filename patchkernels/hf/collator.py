@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+import contextlib
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from patchkernels.hf.rows import document_lengths, document_positions, join, unpack
+from patchkernels.hf.rows import ROW_COLUMNS, document_lengths, document_positions, join, other_columns, unpack
 from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.ops.targets import mask_document_starts, next_patch_targets
 
@@ -43,6 +44,11 @@ class PatchCollator:
         rows = [{name: row[name] for name in row if name != "patch_size"} for row in rows]
         if patch_size == 1:
             return dict(self.collate(rows))
+        with padding_on_the_right(getattr(self.collate, "tokenizer", None)):
+            return self.patches(rows, patch_size)
+
+    def patches(self, rows: list[dict[str, Any]], patch_size: int) -> dict[str, Any]:
+        """A batch of rows, cut into patches."""
         batch = self.fill_last_patch(dict(self.collate(rows)), patch_size)
         if documents_begin_inside_patches(batch, patch_size):
             rows = [fill_documents(row, patch_size, self.pad_token_id) for row in rows]
@@ -84,6 +90,11 @@ class PatchCollator:
         """
         if not isinstance(rows[0]["input_ids"], Sized):
             raise ValueError(f"input_ids must be a sequence of token ids, got {rows[0]['input_ids']!r}")
+        if others := other_columns(rows):
+            raise ValueError(
+                f"a batch is made of {sorted(ROW_COLUMNS)}; remove the columns {others}, or pass a data_collator that "
+                "pads them"
+            )
         empty = {"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX]}
         rows = [row if len(row["input_ids"]) else empty for row in rows]
         packed = any(row.get("seq_lengths") is not None or row.get("position_ids") is not None for row in rows)
@@ -103,6 +114,20 @@ class PatchCollator:
         elif not bool(mask.all()):
             batch["attention_mask"] = mask.long()
         return batch
+
+
+@contextlib.contextmanager
+def padding_on_the_right(tokenizer: Any) -> Iterator[None]:
+    """Lets a tokenizer, if there is one, pad on the right inside the block."""
+    side = getattr(tokenizer, "padding_side", None)
+    if side is None:
+        yield
+        return
+    tokenizer.padding_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
 
 
 def is_packed(batch: dict[str, Any]) -> bool:
@@ -127,12 +152,13 @@ def fill_documents(row: dict[str, Any], patch_size: int, pad_token_id: int) -> d
         documents = zip(tokens.split(lengths), lengths, filled)
         return torch.cat([F.pad(document, (0, end - begin), value=value) for document, begin, end in documents])
 
+    other = other_columns([row])
     row = {**row, "input_ids": fill(ids, pad_token_id), "labels": fill(labels, IGNORE_INDEX)}
     if row.get("seq_lengths") is not None:
         row["seq_lengths"] = filled
     if row.get("position_ids") is not None:
         row["position_ids"] = document_positions(filled)
-    return row
+    return {**row, **{name: fill(torch.as_tensor(row[name]), 0) for name in other}}
 
 
 def reject_left_padding(attention_mask: Tensor | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from patchkernels.hf.attach import attach, detach
-from patchkernels.hf.class_swap import swap_class
+from patchkernels.hf.class_swap import SwappedClass, swap_class
 from patchkernels.hf.modules import PatchState
-from patchkernels.hf.patch_step import PatchSizeMixin, PatchStepMixin
+from patchkernels.hf.patch_step import PatchSizeMixin, PatchStepMixin, can_fuse
 from patchkernels.hf.probe import find_step
 from patchkernels.numerics import check_patch_size
 
@@ -79,7 +79,9 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
     inner = unwrap(model)
     name = type(inner).__name__
     if not isinstance(inner, transformers.PreTrainedModel):
-        raise TypeError(f"expected a transformers PreTrainedModel, got {name}")
+        raise TypeError(
+            f"expected a transformers PreTrainedModel, got {name}; enable a model before it is compiled or wrapped"
+        )
     if inner.config.is_encoder_decoder:
         raise TypeError(f"{name} is an encoder-decoder; patches need a causal language model")
     head = inner.get_output_embeddings()
@@ -93,6 +95,11 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check_patch_size(patch_size)
     if not isinstance(inner, PatchStepMixin):
+        for role, module in (("embedding", inner.get_input_embeddings()), ("head", head)):
+            if isinstance(module, SwappedClass):
+                raise ValueError(f"the {role} of {name} is part of another enabled model; disable that first")
+        if inner is not model and getattr(model.active_peft_config, "is_prompt_learning", False):
+            raise ValueError(f"{name} has a prompt of PEFT, whose tokens stand before those of the patches")
         kind = find_step(inner)
         attach(inner, kind)
         if kind.logit_map is None:
@@ -107,7 +114,12 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
 
 
 def disable(model: Model) -> Model:
-    """Restores the classes of the model and its modules. Has no effect on a model that is not enabled."""
+    """Restores the classes of the model and its modules. Has no effect on a model that is not enabled.
+
+    Raises:
+        ValueError: after enabling, a module was given another class (a parametrization) or forward (hooks of
+            accelerate) that is built on the one to be restored.
+    """
     detach(model)
     return model
 
@@ -117,8 +129,9 @@ def is_fused(model: Any) -> bool:
 
     If not, the loss is computed from the model's own logits ("materialised").
     """
-    state: PatchState = unwrap(model)._patch_state
-    return state.settings.logit_map is not None
+    inner = unwrap(model)
+    state: PatchState = inner._patch_state
+    return state.settings.logit_map is not None and can_fuse(inner.get_output_embeddings(), state)
 
 
 def unwrap(model: Any) -> Any:
@@ -128,9 +141,7 @@ def unwrap(model: Any) -> Any:
 
 @contextlib.contextmanager
 def token_level(model: Any) -> Iterator[None]:
-    """Sets ``model.patch_size`` to 1 inside the block, for evaluation in a patch phase."""
-    patch_size, model.patch_size = model.patch_size, 1
-    try:
+    """Sets ``model.patch_size`` to 1 for the calling thread inside the block, for evaluation in a patch phase."""
+    state: PatchState = unwrap(model)._patch_state
+    with state.token_level():
         yield
-    finally:
-        model.patch_size = patch_size

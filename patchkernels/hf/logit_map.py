@@ -121,6 +121,8 @@ def find_logit_map_at_full_size(model: Any, small: Any, ids: Tensor) -> LogitMap
     """
     head = small.get_output_embeddings()
     path = next(name for name, module in small.named_modules() if module is head).split(".")
+    if not all(buffer.numel() == 1 and buffer.device.type != "meta" for buffer in buffers_on_path(model, path)):
+        return None
     called: list[Any] = []
     hooks = [module.register_forward_pre_hook(lambda module, args: called.append(module)) for module in small.modules()]
     try:
@@ -131,14 +133,22 @@ def find_logit_map_at_full_size(model: Any, small: Any, ids: Tensor) -> LogitMap
     return logit_map if called and called[-1] is head else None
 
 
+def buffers_on_path(model: Any, path: list[str]) -> Iterator[Tensor]:
+    """The buffers of floating-point numbers of a model and of the modules on the path from there to its head."""
+    for name in path:
+        yield from (buffer for buffer in model._buffers.values() if buffer is not None and buffer.is_floating_point())
+        model = getattr(model, name)
+
+
 def with_settings_of(model: Any, small: Any, path: list[str]) -> Any:
-    """A module with the inner modules of ``small``, and with the configuration and the numbers of ``model``.
+    """A module with the inner modules of ``small``, and with the configuration, numbers and buffers of ``model``.
 
     So are the modules on the path from there to the head.
     """
     module = object.__new__(type(small))
     numbers = {name: value for name, value in vars(model).items() if isinstance(value, int | float)}
-    vars(module).update({**vars(small), **numbers, "training": False})
+    buffers = {name: buffer.to(small.device) for name, buffer in model._buffers.items() if buffer is not None}
+    vars(module).update({**vars(small), **numbers, "_buffers": buffers, "training": False})
     if hasattr(model, "config"):
         vars(module)["config"] = model.config
     if len(path) > 1:

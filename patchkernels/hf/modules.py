@@ -6,9 +6,12 @@ the modules do what they did before.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +23,37 @@ from patchkernels.hf.class_swap import SwappedClass
 from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
 from patchkernels.ops.patch_embedding import patch_embedding
 
+KNOWN_OPTIONS = {"logits", "labels", "vocab_size", "num_items_in_batch", "shift_labels"}  # of a loss function
+STAND_IN = 1.0  # what a model is given in place of logits that are never computed
+
 
 class LogitMap(NamedTuple):
     """How a model makes logits of its head's output z: ``softcap tanh(scale z / softcap)``, or ``scale z``."""
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = self.scale * z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class LossOptions(NamedTuple):
+    """The options of a model's loss function that a patch step does not take, as weights of classes."""
+
+    names: frozenset[str] = frozenset()
+    takes_any: bool = False
+
+    def takes(self, name: str) -> bool:
+        return name in self.names or (self.takes_any and name not in KNOWN_OPTIONS)
+
+
+def options_of(loss_function: Callable[..., Tensor]) -> LossOptions:
+    """That of transformers takes any option, and ignores those that it does not name."""
+    parameters = inspect.signature(loss_function).parameters
+    names = {name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD} - KNOWN_OPTIONS
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return LossOptions(frozenset(names), takes_any and module_of(loss_function) != "transformers.loss.loss_utils")
 
 
 @dataclass
@@ -36,6 +64,7 @@ class PatchSettings:
     reduction: str = "mean"
     label_smoothing: float = 0.0
     logit_map: LogitMap | None = None  # None: the loss cannot be computed in the head
+    loss_options: LossOptions = LossOptions()  # noqa: RUF009 (it is immutable)
 
 
 @dataclass
@@ -44,7 +73,9 @@ class PatchStep:
 
     target: Tensor  # (B, P, K)
     fused: bool  # whether the head computes the loss in place of logits
+    labels: Tensor | None = None  # (B, P), what the model was given as labels, and must give to its loss function
     loss: Tensor | None = None  # computed by the head, until the model's loss function returns it
+    has_called_loss: bool = False
     losses: Tensor | None = None  # (B, P, K), of every target, without gradient; 0 where ignored
 
 
@@ -54,6 +85,7 @@ class PatchCalls:
 
     step: PatchStep | None = None
     last_step: PatchStep | None = None
+    token_level: int = 0  # how many blocks of hf.token_level the thread is in
 
 
 class ThreadCalls(threading.local):
@@ -98,6 +130,21 @@ class PatchState:
     def last_step(self, value: PatchStep | None) -> None:
         self._threads.calls.last_step = value
 
+    @property
+    def patch_size(self) -> int:
+        """That of the settings, or 1 inside of :func:`patchkernels.hf.token_level`."""
+        return 1 if self._threads.calls.token_level else self.settings.patch_size
+
+    @contextlib.contextmanager
+    def token_level(self) -> Iterator[None]:
+        """Makes the steps of the calling thread ordinary ones inside the block."""
+        calls = self._threads.calls
+        calls.token_level += 1
+        try:
+            yield
+        finally:
+            calls.token_level -= 1
+
 
 class PatchEmbeddingMixin(SwappedClass):
     """Makes an ``nn.Embedding`` return the means of patches if its caller passes a patch size."""
@@ -119,16 +166,18 @@ class LossHeadMixin(SwappedClass):
     """Makes an ``nn.Linear`` compute the loss in a fused patch step, in place of logits that are never kept."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns the loss of a fused step in the shape of a single logit, which the model may then scale or cap.
+        """In a fused step, keeps the loss and returns a number in the shape of a single logit.
 
-        The loss is stored here, before the model does so, but after the hooks of this module have run, because FSDP2
-        starts the backward of the head in a hook on the head's output.
+        The model may scale or cap that number. Its loss function then compares it with what must come of it.
+        The loss is kept after the hooks of this module have run, because FSDP2 starts the backward of the head in a
+        hook on the head's output.
         """
         output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         step: PatchStep | None = self._patch_state.step
-        if step is not None and step.fused:
-            step.loss = output.reshape(())
-        return output
+        if step is None or not step.fused:
+            return output
+        step.loss = output.reshape(()).clone()  # FSDP2 warns of views that a model returns
+        return StandIn.apply(step.loss)
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """Maps hidden states (B, P, D) to logits (B, P, V), or in a fused patch step to the loss (1, 1, 1)."""
@@ -151,8 +200,25 @@ class LossHeadMixin(SwappedClass):
             label_smoothing=settings.label_smoothing,
             return_losses=True,
         )
-        output: Tensor = loss.reshape(1, 1, 1).clone()  # a copy, because FSDP2 warns of views
+        output: Tensor = loss.reshape(1, 1, 1).clone()  # for the same reason
         return output
+
+
+class StandIn(torch.autograd.Function):
+    """The number ``STAND_IN`` (1, 1, 1) in place of logits that are never computed.
+
+    Whoever differentiates it computes more of the logits than the loss that the head has computed already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return torch.full((1, 1, 1), STAND_IN, dtype=loss.dtype, device=loss.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+            raise RuntimeError("the model uses the logits of a patch step for more than its loss function")
+        return grad.new_full((), math.nan)
 
 
 class WithoutRowGradient(torch.autograd.Function):

@@ -137,11 +137,11 @@ def refuse_values_of_tokens(kwargs: dict[str, Any], ids: Tensor) -> None:
             )
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors in an argument, which may be a list, a tuple or a dictionary of them."""
+def tensors(value: Any) -> list[Any]:
+    """The tensors and arrays in an argument, which may be a list, a tuple or a dictionary of them."""
     if isinstance(value, dict):
         value = list(value.values())
-    return [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Tensor)]
+    return [item for item in (value if isinstance(value, list | tuple) else [value]) if hasattr(item, "shape")]
 
 
 def convert_mask_and_positions(kwargs: dict[str, Any], ids: Tensor, target: Tensor, patch_size: int) -> Tensor:
@@ -154,9 +154,11 @@ def convert_mask_and_positions(kwargs: dict[str, Any], ids: Tensor, target: Tens
         message = "a patch step takes right padding: left padding shifts the patches"
         target = reject_rows(target, padded_left, message)
     if kwargs.get("position_ids") is not None:
-        positions, misaligned = patch_positions(kwargs["position_ids"], ids, patch_size)
-        message = f"documents of position_ids must begin on patch boundaries, multiples of {patch_size} tokens"
-        target = reject_rows(target, misaligned, message)
+        positions, is_off = patch_positions(kwargs["position_ids"], ids, patch_size)
+        # The positions of padding may be any, but then nothing is predicted there. No target shows the first patch.
+        predicted = F.pad(target[:, :-1] != IGNORE_INDEX, (0, 0, 1, 0), value=True)
+        message = f"documents of position_ids must count from 0 and begin on patch boundaries of {patch_size} tokens"
+        target = reject_rows(target, (is_off & predicted).any().view(1), message)
         kwargs["position_ids"] = positions
         begins = positions.reshape(-1, *positions.shape[-2:])[0] == 0  # of several kinds of positions, the first
         target = mask_document_starts(target, begins)
@@ -180,21 +182,38 @@ def patch_mask(attention_mask: Any, ids: Tensor, patch_size: int) -> tuple[Tenso
 def patch_positions(position_ids: Tensor, ids: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
     """Turns positions of tokens (..., B or 1, T) into those of patches. Both count from 0 in every document.
 
-    The second result, of shape (1), says whether a document begins inside a patch.
+    The second result (B or 1, P, K) says which tokens have not the position that the first token of their patch lets
+    expect. Zeros after the first token of a row may be padding in its first patch.
     """
     if position_ids.ndim < 2 or position_ids.shape[-1] != ids.shape[1] or position_ids.shape[-2] not in (1, len(ids)):
         raise PatchSizeError(
             f"a patch step takes position_ids (..., B or 1, T) for input_ids {tuple(ids.shape)}, "
             f"got {tuple(position_ids.shape)}"
         )
-    return first_of_patches(position_ids, patch_size, divisor=patch_size)
+    patches = position_ids.unflatten(-1, (-1, patch_size))  # (..., B or 1, P, K)
+    first = patches[..., :1]
+    is_off = (patches != first + torch.arange(patch_size, device=ids.device)) | (first % patch_size != 0)
+    is_zero = (patches == 0) & (torch.arange(patches.shape[-2], device=ids.device)[:, None] == 0)
+    return first[..., 0] // patch_size, (is_off & ~is_zero).reshape(-1, *patches.shape[-3:]).any(0)
 
 
-def first_of_patches(values: Tensor, patch_size: int, divisor: int = 1) -> tuple[Tensor, Tensor]:
-    """The values of the first tokens of patches, divided by ``divisor``, and whether (1) tokens of a patch differ."""
-    patches = values.unflatten(-1, (-1, patch_size)) // divisor
+def first_of_patches(values: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """The values of the first tokens of patches, and whether (1) tokens of a patch differ."""
+    patches = values.unflatten(-1, (-1, patch_size))
     first: Tensor = patches[..., 0]
     return first, (patches != first.unsqueeze(-1)).any().view(1)
+
+
+def reject(loss: Tensor, rejected: bool | Tensor, message: str) -> Tensor:
+    """The loss; raises ``PatchSizeError`` if it is rejected.
+
+    On a GPU, where reading a tensor would wait for the device, and in a compiled graph the loss becomes NaN instead.
+    """
+    if isinstance(rejected, Tensor) and (rejected.device.type != "cpu" or torch.compiler.is_compiling()):
+        return loss.masked_fill(rejected, torch.nan)
+    if rejected:
+        raise PatchSizeError(message)
+    return loss
 
 
 def describe_shape(value: Any) -> str:

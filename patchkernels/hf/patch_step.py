@@ -11,10 +11,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchkernels.hf.class_swap import SwappedClass
 from patchkernels.hf.modules import (
+    STAND_IN,
     LossHeadMixin,
     PatchEmbeddingMixin,
     PatchSettings,
@@ -24,7 +26,7 @@ from patchkernels.hf.modules import (
     patch_means,
     runs_forward_of,
 )
-from patchkernels.hf.patch_arguments import convert_arguments, patch_size_of
+from patchkernels.hf.patch_arguments import WAY_OUT, PatchSizeError, convert_arguments, patch_size_of, reject
 from patchkernels.numerics import IGNORE_INDEX, check_patch_size
 from patchkernels.ops.patch_cross_entropy import patch_cross_entropy
 
@@ -34,8 +36,8 @@ class PatchSizeMixin(SwappedClass):
 
     @property
     def patch_size(self) -> int:
-        settings: PatchSettings = self._patch_state.settings
-        return settings.patch_size
+        state: PatchState = self._patch_state
+        return state.patch_size
 
     @patch_size.setter
     def patch_size(self, value: int) -> None:
@@ -76,12 +78,12 @@ class PatchStepMixin(PatchSizeMixin):
 
     @loss_function.setter
     def loss_function(self: Any, value: Any) -> None:
-        self._loss_function = value
+        raise ValueError("the loss of an enabled model cannot be changed: set it after hf.disable, and enable it again")
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: PatchState = self._patch_state
         kwargs.update(named(args, kwargs, self._patch_positional))
-        patch_size = patch_size_of(kwargs, state.settings.patch_size, type(self).__name__)
+        patch_size = patch_size_of(kwargs, state.patch_size, type(self).__name__)
         step = None if patch_size is None else self._begin_patch_step(kwargs, patch_size)
         as_tuple = step is not None and not self._wants_dict(kwargs)
         outer, state.step = state.step, step  # a hook may call the model inside a step of its own
@@ -104,11 +106,11 @@ class PatchStepMixin(PatchSizeMixin):
         """Turns the arguments of the forward into those of a patch step."""
         ids, target = convert_arguments(kwargs, patch_size)
         kwargs["inputs_embeds"] = embed_patches(self.get_input_embeddings(), ids, patch_size)
-        # Labels make the model call its loss function. Their values are not read there: the step holds the targets.
+        # Labels make the model call its loss function. Their values are not used there: the step holds the targets.
         kwargs["labels"] = target[..., 0].contiguous()
         if "use_cache" in self._patch_optional:
             kwargs["use_cache"] = False
-        return PatchStep(target, fused=can_fuse(self.get_output_embeddings(), self._patch_state))
+        return PatchStep(target, can_fuse(self.get_output_embeddings(), self._patch_state), kwargs["labels"])
 
     def _wants_dict(self: Any, kwargs: dict[str, Any]) -> bool:
         """Whether the caller wants a ``ModelOutput``, which the model's own forward is asked for in any case."""
@@ -155,16 +157,25 @@ def patch_loss(
     labels: Tensor,
     *_: Any,
     num_items_in_batch: Any = None,
-    **__: Any,
+    **others: Any,
 ) -> Tensor:
     """Replaces the model's ``loss_function`` in a patch step.
 
     ``num_items_in_batch`` is the Trainer's count of targets in all the batches of an optimizer step. With it, the loss
     is multiplied by this batch's number of targets and divided by that count, so that the batches add up to a mean.
+
+    Raises:
+        PatchSizeError: the model does something else than in the steps that :func:`patchkernels.hf.enable` has seen.
     """
+    if step.has_called_loss:
+        raise PatchSizeError("the model calls its loss function twice; a patch step has one loss")
+    step.has_called_loss = True
+    for name, value in others.items():
+        if settings.loss_options.takes(name) and value is not None and (name, value) != ("ignore_index", IGNORE_INDEX):
+            raise PatchSizeError(f"the loss of a patch step takes no {name}; {WAY_OUT}")
     loss: Any = step.loss
     if step.fused and loss is None:
-        raise RuntimeError("the model called its loss function before its head")
+        raise PatchSizeError("the model calls its loss function before its head")
     if not step.fused:
         loss, step.losses = patch_cross_entropy(
             logits,
@@ -173,6 +184,7 @@ def patch_loss(
             label_smoothing=settings.label_smoothing,
             return_losses=True,
         )
+    loss = checked(loss, settings, step, logits, labels)
     if num_items_in_batch is not None:
         items = (
             num_items_in_batch.clamp(min=1) if isinstance(num_items_in_batch, Tensor) else max(num_items_in_batch, 1)
@@ -180,3 +192,18 @@ def patch_loss(
         loss = loss * (step.target != IGNORE_INDEX).sum() / items
     result: Tensor = loss
     return result
+
+
+def checked(loss: Tensor, settings: PatchSettings, step: PatchStep, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss, if the model gave its loss function the labels and, in a fused step, the logits that it should."""
+    if labels is not step.labels:
+        assert step.labels is not None
+        differ = labels.shape != step.labels.shape or (labels != step.labels).any()
+        loss = reject(loss, differ, "the model changes the labels before it gives them to its loss function")
+    if step.fused:
+        assert settings.logit_map is not None
+        expected = settings.logit_map(torch.full_like(logits, STAND_IN))
+        tolerance = 1e-4 if logits.dtype == torch.float32 else 2e-2
+        differ = logits.shape != (1, 1, 1) or ((logits - expected).abs() > tolerance * expected.abs()).any()
+        loss = reject(loss, differ, "the model changes its logits otherwise than when it was enabled")
+    return loss

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -34,6 +35,11 @@ LARGEST_TRUNCATED_COPY = 2**29  # parameters of a copy with fewer layers: 2 GiB 
 # of many layers chaotic: rounding errors would grow from layer to layer, or all tokens would give the same logits.
 MATRIX_NOISE, VECTOR_NOISE = 0.3, 0.1
 SEED = 2407
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+# Attributes of modules that do not change what they compute, or do so by classes of their own (quantisation).
+OTHER_ATTRIBUTES = (
+    "training", "gradient_checkpointing", "name_or_path", "is_loaded_in", "is_quantized", "quantization",
+)  # fmt: skip
 
 
 class CopyError(ValueError):
@@ -209,7 +215,11 @@ def check_same_modules(model: Any, small: Any) -> None:
         ("a tiny model of its configuration", small_kinds - large_kinds),
     ):
         if kinds:
-            raise CopyError(f"only {owner} has {min(str(kind) for kind in kinds)}")
+            kind = min(kinds, key=str)
+            others = [other for other in large_kinds | small_kinds if other[:-1] == kind[:-1] and other != kind]
+            named = sorted(kind.attributes - others[0].attributes) if others else []
+            values = f" with {' and '.join(f'{name} = {value}' for name, value in named)}" if named else ""
+            raise CopyError(f"only {owner} has {kind}{values}")
 
 
 class ModuleKind(NamedTuple):
@@ -219,6 +229,7 @@ class ModuleKind(NamedTuple):
     module: Any  # the class
     parameters: tuple[str, ...]
     has_own_forward: bool  # whether the forward of the class was replaced on the instance
+    attributes: frozenset[tuple[str, str]]  # of the instance: booleans, texts and functions
 
     def __str__(self) -> str:
         own_forward = ", with a forward of its own" if self.has_own_forward else ""
@@ -233,9 +244,21 @@ def kinds_of_modules(model: Any) -> set[ModuleKind]:
             original_class(module),
             tuple(sorted(key for key, value in module._parameters.items() if value is not None)),
             forward_of_instance(module) is not None,
+            frozenset(attributes_of(module)),
         )
         for name, module in model.named_modules()
     }
+
+
+def attributes_of(module: Any) -> Iterator[tuple[str, str]]:
+    """What an instance says about how it computes, by name: booleans, texts and functions, but no sizes."""
+    for name, value in vars(module).items():
+        if name.startswith(("_", *OTHER_ATTRIBUTES)):
+            continue
+        if isinstance(value, bool | str):
+            yield name, repr(value)
+        elif isinstance(value, FUNCTIONS):
+            yield name, getattr(value, "__qualname__", "a function")
 
 
 def without_numbers(name: str) -> str:

@@ -8,6 +8,7 @@ that a run that skips the rows it has read continues bit for bit.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from patchkernels.schedule import Phase, Schedule, cost_of
+
+ROW_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}  # what a row is made of
 
 
 def example_schedule(phases: tuple[Phase, ...], examples: float, batch_size: int, convention: str) -> Schedule:
@@ -114,8 +117,10 @@ class PatchStream(IterableDataset[dict[str, Any]]):
             yield join([next(examples) for _ in range(examples_per_row(self.schedule, phase))], phase.patch_size)
 
     def endless_examples(self) -> Iterator[dict[str, Any]]:
-        while True:
+        for epoch in itertools.count():
             empty = True
+            if hasattr(self.dataset, "set_epoch"):  # a stream that is shuffled anew in every epoch
+                self.dataset.set_epoch(epoch)
             for example in self.dataset:
                 empty = False
                 yield example
@@ -128,6 +133,7 @@ def join(examples: list[dict[str, Any]], patch_size: int) -> dict[str, Any]:
 
     The row has labels if an example has them; otherwise the collator makes them. If the examples are packed, which
     ``position_ids`` (T) or ``seq_lengths`` (the lengths of their documents, as in TRL) say, the row is packed too.
+    Other numbers of which every example has one for each token are put together too, for collators that read them.
     """
     parts = [unpadded(example) for example in examples]
     row: dict[str, Any] = {"input_ids": torch.cat([ids for ids, _ in parts]), "patch_size": patch_size}
@@ -139,7 +145,26 @@ def join(examples: list[dict[str, Any]], patch_size: int) -> dict[str, Any]:
             row[name] = [length for of_example in lengths for length in of_example]
     if "position_ids" in row:
         row["position_ids"] = document_positions(row["position_ids"])
+    for name in other_columns(examples):
+        columns = [torch.as_tensor(example[name])[unpack(example)[2]] for example in examples]
+        row[name] = torch.cat(columns)
     return row
+
+
+def other_columns(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of columns beside ``ROW_COLUMNS`` that hold a number for each token in all rows or examples."""
+    names = [name for name in rows[0] if name not in (*ROW_COLUMNS, "patch_size")]
+    return [name for name in names if all(is_of_tokens(row.get(name), len(row["input_ids"])) for row in rows)]
+
+
+def is_of_tokens(values: Any, length: int) -> bool:
+    """Whether these are numbers, one for each of so many tokens."""
+    if isinstance(values, Tensor | np.ndarray):
+        return (
+            values.ndim == 1 and len(values) == length and (isinstance(values, Tensor) or values.dtype.kind in "biuf")
+        )
+    is_list = isinstance(values, list | tuple) and len(values) == length
+    return is_list and all(isinstance(value, int | float) for value in values)
 
 
 def unpadded(example: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from patchkernels.hf.rows import PatchRows, PatchStream, example_schedule, examp
 from patchkernels.hf.trainer_checks import (
     check_choice,
     check_class,
-    check_columns,
+    check_examples,
     check_supported,
     is_of_trl,
     is_stream,
@@ -56,8 +56,8 @@ class PatchTraining:
     number of rows, so that batch sizes and ``gradient_accumulation_steps`` need no change. Examples may have any
     length: the last patch of a row is filled up with padding, which costs no target. An epoch ends where all examples
     have been read, whatever the number of steps. A checkpoint is written where one phase follows another, whatever
-    ``save_strategy`` is, and a run that is resumed from any checkpoint continues as if it had not stopped. Evaluation
-    is token-level in every phase.
+    ``save_strategy`` is unless it is ``"best"``, and a run that is resumed from any checkpoint continues as if it had
+    not stopped. Evaluation is token-level in every phase.
 
     A batch without a target has a loss of 0 and gradients of 0, and the optimizer takes its step with them. The log
     also has ``phase`` (from 1), ``patch_size``, ``raw_tokens_per_second``, and in patch phases ``slot_loss_k``, the
@@ -77,7 +77,8 @@ class PatchTraining:
         optimizer_at_switch: where a phase begins, ``"carry"`` keeps the optimizer's state (TST) and ``"reset"`` clears
             it (PatchTrain).
         lr_scope: the learning rate's schedule, warmup included, spans the ``"run"`` or begins anew in each ``"phase"``.
-        reduction: of the loss of patch steps, ``"mean"`` or ``"slot_mean"``.
+        reduction: of the loss of patch steps, ``"mean"`` or ``"slot_mean"``, the latter within each batch that is
+            computed at once.
 
     Raises:
         TypeError: as :func:`patchkernels.hf.enable`, or a ``compute_loss`` that does not run the model on patches.
@@ -111,7 +112,9 @@ class PatchTraining:
             enable(model, reduction=reduction)
         self._meters = Meters()
         super().__init__(*args, **kwargs)
-        check_supported(self)
+        check_supported(self, lr_scope)
+        if is_stream(self.train_dataset):  # otherwise the first process would read it and send parts to the others
+            self.accelerator.dataloader_config.dispatch_batches = False
         self._filters_nan = self.args.logging_nan_inf_filter  # in evaluations
         self._patch_state.settings.label_smoothing = self.args.label_smoothing_factor
         self.data_collator = self._patch_collator()
@@ -142,7 +145,8 @@ class PatchTraining:
         if dataset is None:
             raise ValueError("training needs a train_dataset")
         self._set_signature_columns_if_needed()
-        check_columns(dataset, self._signature_columns)
+        largest = max(phase.patch_size for phase in self.patch_phases) if self.convention == "tokens" else 1
+        check_examples(dataset, self._signature_columns, largest)
         batch_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.max_steps > 0:
             examples = examples_of_steps(self.patch_phases, args.max_steps, batch_size, self.convention)
@@ -218,10 +222,16 @@ class PatchTraining:
             return zero_if_undefined(loss, labels) if in_training and labels is not None else loss
         compute_loss = super().compute_loss  # type: ignore[misc]
         if is_of_trl(compute_loss):
-            compute_loss = functools.partial(Trainer.compute_loss, self)
+            compute_loss = functools.partial(loss_of_model, self)
         smoother, self.label_smoother = self.label_smoother, None
         try:
             loss = compute_loss(model, inputs, *args, **kwargs)
+        except TypeError as error:
+            if "NoneType" in str(error):
+                raise TypeError(
+                    f"compute_loss of {type(self).__name__} needs logits, which no patch step has"
+                ) from error
+            raise
         finally:
             self.label_smoother = smoother
         if self._patch_state.last_step is None:
@@ -292,6 +302,22 @@ class PatchTraining:
             if saved != settings:
                 raise ValueError(f"the checkpoint {checkpoint} is of another schedule: {saved} there, {settings} here")
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+
+def loss_of_model(trainer: Any, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+    """The Trainer's ``compute_loss``, with the loss of routers weighted as TRL's ``compute_loss`` does in token steps.
+
+    TRL divides it by the number of batches of an optimizer step, and does not multiply it by that of processes.
+    """
+    loss, outputs = Trainer.compute_loss(trainer, model, inputs, return_outputs=True, **options)
+    if getattr(trainer, "aux_loss_enabled", False):
+        counted = options.get("num_items_in_batch") is not None
+        factor = trainer.accelerator.num_processes if counted and trainer.args.average_tokens_across_devices else 1
+        steps = trainer.current_gradient_accumulation_steps if counted else 1
+        inner = unwrap(trainer.accelerator.unwrap_model(model))
+        given = getattr(inner, "router_aux_loss_coef", trainer.router_aux_loss_coef)
+        loss = loss + (trainer.router_aux_loss_coef / steps - given * factor) * outputs.aux_loss
+    return (loss, outputs) if return_outputs else loss
 
 
 def zero_if_undefined(loss: Tensor, labels: Tensor) -> Tensor:

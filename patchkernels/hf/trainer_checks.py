@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-ROW_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths"}  # what a row is made of
+from patchkernels.hf.rows import ROW_COLUMNS
+
+LOOKED_AT = 64  # examples of a dataset, before the first step
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -15,9 +19,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def check_supported(trainer: Any) -> None:
+def check_supported(trainer: Any, lr_scope: str) -> None:
     """Raises ``ValueError`` for settings of the Trainer that a run in phases cannot have."""
     args = trainer.args
+    if lr_scope == "phase" and (trainer.lr_scheduler is not None or args.lr_scheduler_type == "reduce_lr_on_plateau"):
+        raise ValueError(
+            "lr_scope='phase' makes a scheduler for each phase: pass none, and none that waits for a plateau"
+        )
     if trainer.compute_loss_func is not None:
         raise ValueError("compute_loss_func needs logits; a patch step gives its loss alone")
     if args.ignore_data_skip:
@@ -59,11 +67,26 @@ def is_of_trl(thing: Any) -> bool:
     return bool(thing.__module__.split(".")[0] == "trl")
 
 
-def check_columns(dataset: Any, model_arguments: list[str]) -> None:
-    """Raises ``ValueError`` if the examples hold an argument of the model that a row of several examples has not."""
+def check_examples(dataset: Any, model_arguments: list[str], patch_size: int) -> None:
+    """Looks at some examples of a training set that can be read in any order.
+
+    Raises:
+        ValueError: they are no dictionaries; or they hold an argument of the model that a row of several examples has
+            not; or no row of one example, where ``patch_size`` is above 1, has two patches.
+    """
     columns = getattr(dataset, "column_names", None)
-    if columns is None and not is_stream(dataset) and len(dataset):
-        columns = list(dataset[0])
+    if not is_stream(dataset) and len(dataset):
+        numbers = np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset)), dtype=int).tolist()
+        examples = [dataset[number] for number in numbers]
+        if not all(isinstance(example, Mapping) for example in examples):
+            raise ValueError(f"examples must be dictionaries with input_ids, got {type(examples[0]).__name__}")
+        longest = max(len(example.get("input_ids", ())) for example in examples)
+        if patch_size > 1 and longest and longest <= patch_size:
+            raise ValueError(
+                f"examples of up to {longest} tokens have nothing to predict in patches of {patch_size}; with "
+                "convention='positions' a row is several examples"
+            )
+        columns = columns or list(examples[0])
     lost = [name for name in columns or () if name in model_arguments and name not in ROW_COLUMNS]
     if lost:
         raise ValueError(

@@ -80,13 +80,13 @@ def test_a_copy_runs_and_not_the_model(monkeypatch):
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", counted(transformers.LlamaForCausalLM.forward))
     model = hf.enable(tiny("Llama"), 4)
-    assert hf.is_fused(model) and len(runs) == 14 and model not in runs
+    assert hf.is_fused(model) and len(runs) == 15 and model not in runs
     hf.enable(model, 2)
-    assert len(runs) == 14
+    assert len(runs) == 15
     other = tiny("Llama")
     other.set_output_embeddings(torch.nn.Sequential(other.lm_head))
     hf.enable(other, 4)
-    assert not hf.is_fused(other) and len(runs) == 14 + 13 and other not in runs
+    assert not hf.is_fused(other) and len(runs) == 15 + 14 and other not in runs
 
 
 def test_a_loss_that_is_inexact_in_the_head_is_materialised(monkeypatch):
@@ -209,3 +209,55 @@ def test_bad_input():
     bart = transformers.BartConfig(vocab_size=64, d_model=16, **sides)
     with pytest.raises(TypeError, match="encoder-decoder"):
         hf.enable(transformers.BartForConditionalGeneration(bart))
+    with pytest.raises(TypeError, match="must be an integer, got True"):
+        model.patch_size = True
+    with pytest.raises(TypeError, match="enable a model before it is compiled or wrapped"):
+        hf.enable(torch.compile(model))
+    other = tiny("Llama")
+    other.lm_head = model.lm_head
+    with pytest.raises(ValueError, match="the head of LlamaForCausalLM is part of another enabled model"):
+        hf.enable(other)
+    assert type(other) is transformers.LlamaForCausalLM and hf.is_fused(model)
+
+
+def test_prompts_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    for config in (peft.PromptTuningConfig, peft.PrefixTuningConfig):
+        model = peft.get_peft_model(tiny("Llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        with pytest.raises(ValueError, match="LlamaForCausalLM has a prompt of PEFT"):
+            hf.enable(model, 4)
+
+
+def test_the_class_of_an_enabled_model_makes_ordinary_models(tmp_path):
+    model = hf.enable(tiny("Llama"), 4)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 64, (2, 16))
+    for other in (type(model)(model.config), type(model).from_pretrained(tmp_path)):
+        assert type(other) is transformers.LlamaForCausalLM and other(input_ids=ids, labels=ids).logits is not None
+        assert hf.enable(other, 4).patch_size == 4
+
+
+def test_what_is_built_on_an_enabled_model_is_removed_before_it():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = hf.enable(tiny("Llama", torch.float32), 4), torch.randint(3, 64, (2, 16))
+    expected = model(input_ids=ids, labels=ids).loss
+    hooks.add_hook_to_module(model, hooks.ModelHook())
+    with pytest.raises(ValueError, match="the forward of a LlamaForCausalLM was replaced after"):
+        hf.disable(model)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+    hooks.remove_hook_from_module(model)
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    with pytest.raises(ValueError, match="ParametrizedLinear was given another class after"):
+        hf.disable(model)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model.lm_head, "weight")
+    hf.disable(model)
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_an_adapter_around_the_head_after_enabling_needs_logits():
+    peft = pytest.importorskip("peft")
+    model = hf.enable(tiny("Llama"), 4)
+    assert hf.is_fused(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], r=2))
+    assert not hf.is_fused(adapted)

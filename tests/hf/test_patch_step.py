@@ -7,8 +7,10 @@ import logging
 import pickle
 import threading
 
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from hf_models import MODELS, loss_and_gradients, tiny, transformers
 from oracle import relative_error
 from torch.distributed.fsdp import fully_shard
@@ -146,6 +148,10 @@ def test_right_padding_and_packed_documents():
     positions = torch.cat([torch.arange(8), torch.arange(8)])[None]
     together = model(input_ids=ids, labels=ids, position_ids=positions).loss
     torch.testing.assert_close(together, torch.stack(apart).mean())
+    # all tokens of a patch of padding may have the same position
+    labels = ids.masked_fill(torch.arange(16) >= 8, -100)
+    padded = torch.cat([torch.arange(8), torch.zeros(8, dtype=torch.long)])[None]
+    torch.testing.assert_close(model(input_ids=ids, labels=labels, position_ids=padded).loss, apart[0])
 
 
 def test_batches_that_cannot_be_cut_into_patches():
@@ -227,6 +233,104 @@ def test_a_model_that_is_called_inside_its_own_step():
     assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
     assert torch.equal(inside[0][0], token_loss) and inside[0][1] == (2, 16, 64)
     assert torch.equal(inside[1], other_expected)
+
+
+def test_token_level_is_that_of_a_thread():
+    model = hf.enable(tiny("Llama"), 4)
+    ids = torch.randint(3, 64, (2, 16))
+    loss, entered, finished = model(input_ids=ids, labels=ids).loss, threading.Event(), threading.Event()
+
+    def token_level():
+        with hf.token_level(model):
+            entered.set()
+            finished.wait(60)
+
+    with hf.token_level(model):
+        (thread := threading.Thread(target=token_level)).start()
+        assert entered.wait(60) and model.patch_size == 1
+    assert model.patch_size == 4 and torch.equal(model(input_ids=ids, labels=ids).loss, loss)
+    finished.set()
+    thread.join()
+    assert model.patch_size == 4
+
+
+class Changing(type(tiny("Llama"))):
+    """A model that does more than a patch step knows of, once it is told to."""
+
+    does = ""
+
+    def forward(self, input_ids=None, inputs_embeds=None, labels=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        logits = self.lm_head(hidden.last_hidden_state)
+        if self.does == "mask labels":
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        if self.does == "cut labels":
+            labels = labels[:, :-1]
+        if self.does == "scale":
+            logits = logits / 2
+        if self.does == "bias":
+            logits = logits + torch.ones(64)
+        loss = None if labels is None else self.loss_function(logits, labels, vocab_size=64, **kwargs)
+        if self.does == "two losses":
+            loss = loss + self.loss_function(logits, labels, vocab_size=64)
+        if self.does == "z-loss":
+            loss = loss + 1e-5 * logits.logsumexp(-1).square().mean()
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss, logits)
+
+
+@pytest.mark.parametrize(
+    ("does", "error", "message"),
+    [
+        ("mask labels", hf.PatchSizeError, "changes the labels"),
+        ("cut labels", hf.PatchSizeError, "changes the labels"),
+        ("scale", hf.PatchSizeError, "changes its logits otherwise than when it was enabled"),
+        ("bias", hf.PatchSizeError, "changes its logits otherwise than when it was enabled"),
+        ("two losses", hf.PatchSizeError, "calls its loss function twice"),
+        ("z-loss", RuntimeError, "uses the logits of a patch step for more than its loss function"),
+    ],
+)
+def test_a_model_that_does_something_else_later(does, error, message):
+    model = hf.enable(Changing(tiny("Llama").config), 4)
+    ids, mask = torch.randint(3, 64, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[0, 8:] = 0
+    model(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
+    assert hf.is_fused(model)
+    model.does = does
+    with pytest.raises(error, match=message):
+        model(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
+
+
+def test_what_is_wrong_in_a_compiled_step_is_not_a_number():
+    """A compiled graph cannot raise, and neither can a GPU without a wait."""
+    model = hf.enable(Changing(tiny("Llama").config), 4)
+    ids, mask = torch.randint(3, 64, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[0, 8:] = 0
+    for does, is_wrong in (("", False), ("mask labels", True), ("scale", True)):
+        model.does = does
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert run(input_ids=ids, labels=ids, attention_mask=mask).loss.isnan() == is_wrong
+    model.does = "z-loss"
+    torch.compile(model, backend="aot_eager")(input_ids=ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad.isnan().any()
+
+
+def weighted(logits, labels, vocab_size=None, num_items_in_batch=None, **options):
+    weight = options.get("class_weight")
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), weight)
+
+
+def test_options_of_a_loss_function_of_the_users():
+    model = tiny("Llama")
+    model.loss_function = weighted
+    hf.enable(model, 4)
+    ids = torch.randint(3, 64, (2, 16))
+    model(input_ids=ids, labels=ids)
+    with pytest.raises(hf.PatchSizeError, match="the loss of a patch step takes no class_weight"):
+        model(input_ids=ids, labels=ids, class_weight=torch.ones(64))
+    with pytest.raises(ValueError, match="the loss of an enabled model cannot be changed"):
+        model.loss_function = weighted
+    plain = hf.enable(tiny("Llama"), 4)  # the loss of transformers ignores what it does not know
+    plain(input_ids=ids, labels=ids, class_weight=torch.ones(64), ignore_index=-100)
 
 
 def test_two_enabled_models_that_share_their_head_and_embedding():
@@ -378,6 +482,11 @@ def test_generation_in_a_patch_phase_is_token_level_and_says_so(caplog):
         {"kinds": torch.ones(3, 2, 16)},
         {"flat": torch.ones(32)},
         {"by_name": {"a": torch.ones(2, 5, 16)}},
+        {"array": numpy.ones((2, 16))},
+        {"position_ids": torch.zeros(1, 16, dtype=torch.long)},
+        {"position_ids": torch.arange(16).flip(0)[None]},
+        {"position_ids": torch.arange(2, 18)[None]},
+        {"ignore_index": 7},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )

@@ -78,6 +78,79 @@ class SecondEmbedding(Own):
         return super().logits(None, inputs_embeds)
 
 
+class InTraining:
+    """Does what the class after it does, but only in training mode; otherwise what a plain model does."""
+
+    def logits(self, *args):
+        return super().logits(*args) if self.training else Own.logits(self, *args)
+
+    def loss(self, *args):
+        return super().loss(*args) if self.training else Own.loss(self, *args)
+
+
+class SecondEmbeddingInTraining(InTraining, SecondEmbedding):
+    pass
+
+
+class PredictsTwiceInTraining(Own):
+    """Predicts the token after the next one too, while it is trained."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.second = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def loss(self, logits, labels):
+        loss = super().loss(logits, labels)
+        return loss + super().loss(logits[:, :-1].contiguous(), labels[:, 1:].contiguous()) if self.training else loss
+
+
+class SlightlySmoothed(Own):
+    def loss_function(self, logits, labels, vocab_size):
+        z_loss = logits.logsumexp(-1).square().mean()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()) + 1e-5 * z_loss
+
+
+class MaskedLlama(Own):
+    """Attends where ``visible`` says; the trunk has no mask of its own then."""
+
+    def logits(self, input_ids, inputs_embeds):
+        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = self.visible(input_ids, x)
+        mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        return self.lm_head(self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state)
+
+
+def causal(x):
+    return torch.ones(len(x), 1, x.shape[1], x.shape[1], dtype=torch.bool).tril()
+
+
+class SeparatesDocuments(MaskedLlama):
+    """No position sees the document before, and documents end where the ids say so."""
+
+    def visible(self, ids, x):
+        if ids is None:
+            return causal(x)
+        number = (ids == self.config.eos_token_id).cumsum(1)
+        return causal(x) & (number[:, None, :, None] == number[:, None, None, :])
+
+
+class SeesPrefix(MaskedLlama):
+    """The first four positions see each other."""
+
+    def visible(self, ids, x):
+        mask = causal(x)
+        mask[..., :4, :4] = True
+        return mask
+
+
+class SeesBlocks(MaskedLlama):
+    """The positions of a block of seven see each other."""
+
+    def visible(self, ids, x):
+        block = torch.arange(x.shape[1]) // 7
+        return causal(x) | (block[:, None] == block)
+
+
 class HalfLoss(Own):
     def forward(self, **inputs):
         out = super().forward(**inputs)
@@ -175,12 +248,19 @@ PROPHETNET = transformers.ProphetNetConfig(
     num_encoder_attention_heads=2, num_decoder_attention_heads=2, max_position_embeddings=64, is_decoder=True,
 )  # fmt: skip
 INLINE = r"let it call self\.loss_function\(logits, labels, vocab_size=self\.config\.vocab_size\)"
-REPEATED = r"tokens repeated 2 times in patches give a loss of"
+REPEATED = r"tokens repeated 2 times in patches give "
 REFUSED = {
     "an inline loss": (lambda: InlineLoss(LLAMA), INLINE),
     "an inline loss with smoothing": (lambda: InlineSmoothing(LLAMA), INLINE),
     "a loss function with smoothing": (lambda: SmoothingLossFunction(LLAMA), "the mean cross entropy of its logits"),
     "a second embedding": (lambda: SecondEmbedding(LLAMA), REPEATED),
+    "a second embedding in training": (
+        lambda: SecondEmbeddingInTraining(LLAMA), "tokens repeated 3 times in patches give"),
+    "a second prediction in training": (lambda: PredictsTwiceInTraining(LLAMA), "calls its loss function 2 times"),
+    "a small z-loss": (lambda: SlightlySmoothed(LLAMA), "the mean cross entropy of its logits"),
+    "documents in the ids": (lambda: SeparatesDocuments(LLAMA), REPEATED),
+    "a prefix": (lambda: SeesPrefix(LLAMA), "not causal"),
+    "blocks": (lambda: SeesBlocks(LLAMA), "not causal"),
     "half the loss": (lambda: HalfLoss(LLAMA), "what is added to the loss"),
     "two losses": (lambda: TwoLosses(LLAMA), "calls its loss function 2 times"),
     "other labels": (lambda: OtherLabels(LLAMA), "other labels"),
@@ -261,8 +341,8 @@ def exchanged_losses(*args, linear_patch_cross_entropy=modules.linear_patch_cros
 @pytest.mark.parametrize(
     ("name", "replacement", "message"),
     [
-        ("patch_embedding", first_tokens, "different tokens in patches of 2 give a loss of"),
-        ("patch_embedding", two_of_three_tokens, "different tokens in patches of 3 give a loss of"),
+        ("patch_embedding", first_tokens, "different tokens in patches of 2 give "),
+        ("patch_embedding", two_of_three_tokens, "different tokens in patches of 3 give "),
         ("linear_patch_cross_entropy", exchanged_losses, "different tokens in patches of 2 give losses of"),
     ],
 )
@@ -449,6 +529,71 @@ def test_adapters_of_a_large_model(monkeypatch):
         assert made[-1].is_small and hf.is_fused(model) == fused
         adapted = [[name for name, _ in m.named_parameters() if "lora" in name] for m in (made[-1].model, model)]
         assert len(adapted[0]) == len(adapted[1]) > 0
+
+
+class ScaledByBuffer(Own):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("scale", torch.tensor(config.hidden_size**-0.5))
+
+    def logits(self, input_ids, inputs_embeds):
+        return super().logits(input_ids, inputs_embeds) * self.scale
+
+
+class Biased(Own):
+    """With a bias that is loaded after the model was made."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.vocab_size))
+
+    def logits(self, input_ids, inputs_embeds):
+        return super().logits(input_ids, inputs_embeds) + self.bias
+
+
+class Switched(SecondEmbedding):
+    is_on = False
+
+    def logits(self, *args):
+        return super().logits(*args) if self.is_on else Own.logits(self, *args)
+
+
+class Late(SecondEmbedding):
+    """Uses its second embedding in a model of many layers."""
+
+    def logits(self, *args):
+        return super().logits(*args) if len(self.model.layers) > 4 else Own.logits(self, *args)
+
+
+def test_what_a_large_model_has_beside_its_configuration(monkeypatch):
+    """A tiny model of the configuration does not have it, and must not stand for the model."""
+    monkeypatch.setattr(probe_copy, "LARGEST_COPY", 1000)
+    made = copies_made(monkeypatch)
+    model = hf.enable(wide(ScaledByBuffer), 4)
+    assert made[-1].is_small and model._patch_state.settings.logit_map == LogitMap(64**-0.5)
+    check_loss_of_means(model)
+    model = wide(Biased)
+    nn.init.normal_(model.bias)
+    assert not hf.is_fused(hf.enable(model, 4)) and made[-1].is_small
+    check_loss_of_means(model)
+    model = fresh("Llama")
+    model.act = torch.tanh
+    assert hf.is_fused(hf.enable(model, 4)) and not made[-1].is_small
+    model = fresh("Llama")
+    model.set_attn_implementation("sdpa")  # the one that reads this attribute
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="not causal"):
+        hf.enable(model, 4)
+    model = Switched(LLAMA)
+    model.is_on = True
+    with pytest.raises(ValueError, match=REPEATED):
+        hf.enable(model, 4)
+    monkeypatch.setattr(probe_copy, "LARGEST_TRUNCATED_COPY", 1000)
+    with pytest.raises(ValueError, match=r"only the model has a model of class Switched .* with is_on = True"):
+        hf.enable(model, 4)
+    with pytest.raises(ValueError, match="does not use second, which may be of tokens"):
+        hf.enable(Late(transformers.LlamaConfig(**GROUPED | {"num_hidden_layers": 8})), 4)
 
 
 class Int8Linear(nn.Module):

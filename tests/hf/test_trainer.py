@@ -20,7 +20,6 @@ from trainer_runs import (  # noqa: E402
     examples,
     logged,
     tiny,
-    tokenizer,
     train,
     with_few_targets,
 )
@@ -218,6 +217,16 @@ def test_mixed_into_a_custom_trainer(tmp_path):
     with pytest.raises(TypeError, match="compute_loss of PatchOwnInputs must call the model with all of its inputs"):
         train(tmp_path, trainer=PatchOwnInputs)
 
+    class OwnLoss(transformers.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return model(**inputs).logits[:, -1].mean()
+
+    class PatchOwnLoss(PatchTraining, OwnLoss):
+        pass
+
+    with pytest.raises(TypeError, match="compute_loss of PatchOwnLoss needs logits, which no patch step has"):
+        train(tmp_path, trainer=PatchOwnLoss)
+
     run = train(tmp_path, trainer=PatchCounting, model=None)
     assert run.steps == 12
     assert logged(run) == logged(train(tmp_path))
@@ -243,7 +252,12 @@ def test_the_model_that_comes_out_is_an_ordinary_one(tmp_path):
 def test_bad_input(tmp_path):
     old = "group_by_length" in transformers.TrainingArguments.__dataclass_fields__  # transformers 5.0
     ragged_ids = [{"input_ids": list(range(3 + i % 5))} for i in range(48)]
-    pads_left = transformers.DataCollatorForLanguageModeling(tokenizer(padding_side="left"), mlm=False)
+
+    def pads_left(rows):
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
+        return {"input_ids": mask, "labels": mask, "attention_mask": mask}
+
     by_length = {"group_by_length": True} if old else {"train_sampling_strategy": "group_by_length"}
     for settings, message in (
         ({"convention": "rows"}, "'rows'"),
@@ -261,6 +275,22 @@ def test_bad_input(tmp_path):
         ({"dataset": [{"input_ids": [1], "inputs_embeds": 0}] * 48}, r"remove the columns \['inputs_embeds'\]"),
         ({"dataset": [{"input_ids": [1, 2], "position_ids": [1, 2]}] * 48}, r"in every document, got \[1, 2\]"),
         ({"dataset": ragged_ids, "collator": pads_left}, "padding_side = 'right'"),
+        ({"dataset": [torch.arange(16)] * 48}, "examples must be dictionaries with input_ids, got Tensor"),
+        (
+            {"convention": "tokens", "phases": "16:1/2,1:1/2"},
+            "up to 16 tokens have nothing to predict in patches of 16",
+        ),
+        (
+            {
+                "lr_scope": "phase",
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "eval_strategy": "steps",
+                "evaluation": examples(4),
+            },
+            "makes a scheduler for each phase",
+        ),
+        ({"phases": 4}, "phases look like .* got 4"),
+        ({"phases": [(True, 1.0)]}, r"got \(True, 1.0\)"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, **settings)
@@ -273,9 +303,9 @@ def test_bad_input(tmp_path):
     run = PatchTrainer(model=tiny(), args=arguments(tmp_path))
     run.args.use_liger_kernel = True
     with pytest.raises(ValueError, match="'fused_linear_cross_entropy': False"):
-        check_supported(run)
+        check_supported(run, "run")
     run.args.use_liger_kernel = False
     run.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True))
     with pytest.raises(ValueError, match="cp_size"):
-        check_supported(run)
+        check_supported(run, "run")
     assert json.dumps(PatchTrainer(model=tiny(), args=arguments(tmp_path)).args.to_dict())

@@ -47,7 +47,7 @@ def test_batches_without_a_target(tmp_path, settings):
 def test_a_run_without_any_target_decays_the_weights(tmp_path, settings, accepts_loss_kwargs):
     model, before = tiny(), tiny()
     model.accepts_loss_kwargs = accepts_loss_kwargs  # whether the Trainer tells the model the number of targets
-    dataset = [{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, -100])}] * 48
+    dataset = [{"input_ids": torch.arange(5, 11), "labels": torch.tensor([5, -100, -100, -100, -100, -100])}] * 48
     settings = {"weight_decay": 0.1, **CONSTANT_RATE, **CONSTANT_TOKENS, **settings}
     run = train(tmp_path, model=model, dataset=dataset, **settings)
     assert logged(run) == [0.0] * 12
@@ -141,3 +141,80 @@ def test_examples_without_tokens(tmp_path):
     losses = logged(run)
     assert 0 in losses
     torch.testing.assert_close(losses, train_by_hand(run, varied(), without_empty_rows), rtol=1e-4, atol=0)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=128, resid_pdrop=0.0)
+    )
+
+
+def with_column(name):
+    return [{**example, name: [n % 3] * 8 + [1] * 8} for n, example in enumerate(examples())]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Examples in an order that depends on the epoch, as those of a shuffled stream of datasets."""
+
+    def __init__(self, rows):
+        self.rows, self.epoch, self.epochs = rows, 0, []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        return iter(self.rows[self.epoch :] + self.rows[: self.epoch])
+
+
+def test_columns_that_the_model_reads_and_batches_have_not(tmp_path):
+    rows = with_column("token_type_ids")
+    message = r"remove the columns \['token_type_ids'\]"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=gpt2(), dataset=rows)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=gpt2(), dataset=Stream(rows))
+    run = train(tmp_path, model=gpt2(), dataset=with_column("unused"), evaluation=rows)
+    with pytest.raises(ValueError, match=message):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_a_collator_reads(tmp_path, stream):
+    """The tokens that a column of the dataset leaves out are no targets, in every phase."""
+
+    def collate(rows):
+        ids, masks = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("input_ids", "loss_mask"))
+        return {"input_ids": ids, "labels": ids.masked_fill(masks == 0, -100)}
+
+    rows = with_column("loss_mask")
+    masked = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": row["input_ids"].masked_fill(torch.tensor(row["loss_mask"]) == 0, -100),
+        }
+        for row in rows
+    ]
+    expected = logged(train(tmp_path, dataset=Stream(masked) if stream else masked))
+    dataset = Stream(rows) if stream else rows
+    assert logged(train(tmp_path, dataset=dataset, collator=collate, remove_unused_columns=False)) == expected
+
+
+def test_a_stream_is_told_its_epoch_and_read_by_every_process(tmp_path):
+    stream = Stream(examples(20))
+    run = train(tmp_path, dataset=stream)
+    read = 4 * sum(steps * phase.patch_size for steps, phase in zip(run.schedule.steps, run.schedule.phases))
+    assert stream.epochs == list(range(-(-read // 20))) and len(stream.epochs) > 2
+    assert run.accelerator.dataloader_config.dispatch_batches is False
+
+
+def test_a_tokenizer_pads_on_the_right_in_patch_phases(tmp_path):
+    ragged = [{"input_ids": list(range(3, 6 + i % 5))} for i in range(48)]
+    losses = []
+    for side in ("right", "left"):
+        pads = transformers.DataCollatorForLanguageModeling(tokenizer(padding_side=side), mlm=False)
+        run = train(tmp_path, dataset=ragged, collator=pads)
+        losses.append(logged(run)[: run.schedule.starts[1]])
+        assert len(losses[-1]) > 2 and pads.tokenizer.padding_side == side
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -160,3 +161,23 @@ def test_bad_input(tmp_path):
         sft(tmp_path, texts(), loss_type="dft")
     with pytest.raises(TypeError, match="not its name 'a/model'"):
         sft(tmp_path, texts(), model="a/model")
+
+
+def test_the_loss_of_routers_is_weighted_as_in_trl(tmp_path):
+    """The weight does not depend on the number of batches of a step, in any phase."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128, router_aux_loss_coef=0.5,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    equal = [{"text": " ".join(["t5 t9 t11 t7"] * 4)} for _ in range(48)]  # all batches have the same loss of routers
+    for phases in ("4:1", "1:1"):
+        one, four = (
+            sft(tmp_path, equal, model=copy.deepcopy(model), phases=phases, learning_rate=0.0, max_steps=1,
+                per_device_train_batch_size=4 // parts, gradient_accumulation_steps=parts)
+            for parts in (1, 4)
+        )  # fmt: skip
+        assert logged(one)[0] > 1.0
+        torch.testing.assert_close(logged(one), logged(four), rtol=1e-4, atol=0)
