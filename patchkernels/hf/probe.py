@@ -103,7 +103,7 @@ def exact_step(model: Any, trial: Any, is_small: bool) -> StepKind:
         check_loss(trial, *random_batch(trial, positions), training)
     check_causality(trial)
     if is_small:
-        check_tables_are_used(trial)
+        check_tables_are_used(model, trial)
     ids, _ = random_batch(trial, TRIALS[0].positions)
     swaps_embedding = can_swap_embedding(model)
     trial_map = find_logit_map(trial, ids) if can_swap_head(model) else None
@@ -202,13 +202,12 @@ def check_causality(model: Any) -> None:
             check_close(situation, found[:first], "those without", unchanged[:first])
 
 
-def check_tables_are_used(model: Any) -> None:
-    """Raises InexactError if a tiny model has a table of tokens that it does not use, as the model itself may do."""
-    ids, labels = random_batch(model, TRIALS[0].positions)
-    used = token_step(model, ids, labels).gradients
-    tokens = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and len(module.weight) >= len(tokens.weight)
+def check_tables_are_used(model: Any, small: Any) -> None:
+    """Raises InexactError if a tiny model does not use a table of tokens, as the model itself may do."""
+    used = token_step(small, *random_batch(small, TRIALS[0].positions)).gradients
+    tokens, modules = model.get_input_embeddings().weight, dict(model.named_modules())
+    for name, module in small.named_modules():
+        is_table = isinstance(module, nn.Embedding) and len(modules[name].weight) >= len(tokens)
         if is_table and f"{name}.weight" not in used:
             raise InexactError(f"a tiny model of its configuration does not use {name}, which may be of tokens")
 

@@ -31,6 +31,7 @@ PREFIX = "step-"  # of a complete checkpoint's name; an incomplete one has a dot
 STATE_FILE = "state.json"
 CPU = "cpu"
 OPTIMIZER_FILE = "optimizer.pt"
+BUFFER = "buffer "  # what the names of buffers in the file of a process begin with
 DISTRIBUTED = "distributed"  # the folder within a checkpoint that holds the shards of several processes
 
 
@@ -46,25 +47,34 @@ def save_checkpoint(
             running code.
     """
     temporary = _begin(root, step)
-    save_file({name: tensor.contiguous() for name, tensor in _tensors(model).items()}, temporary / "model.safetensors")
+    save_file(_separate(_tensors(model)), temporary / "model.safetensors")
     states = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "model": _extra_states(model)}
     torch.save(states, temporary / OPTIMIZER_FILE)
     _check_loadable(temporary / OPTIMIZER_FILE, "the state of an optimizer, or the extra state of a module, holds")
-    save_file(_generator_states(), temporary / _generator_file(0))
+    save_file(_generator_states(), temporary / _process_file(0))
     _finish(temporary, root, step, state, keep)
 
 
 def save_distributed(
     root: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: dict[str, Any], keep: int
 ) -> None:
-    """Saves a run on several processes. All of them must call this function and share the file system."""
+    """Saves a run on several processes. All of them must call this function and share the file system.
+
+    Raises:
+        TypeError: an optimizer's state has an entry that is not of a parameter.
+    """
+    for optimizer in optimizers:
+        if others := [key for key in optimizer.state if not isinstance(key, Tensor)]:
+            raise TypeError(f"several processes cannot save the state {others[0]!r} of {type(optimizer).__name__}")
     is_first = dist.get_rank() == 0
     temporary = _begin(root, step) if is_first else _temporary_folder(root, step)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizers)
     values = {"model": weights, "optimizer": moments, "buffers": _other_buffers(model)}
     state_dict_saver.save(values, checkpoint_id=temporary / DISTRIBUTED)
-    save_file(_generator_states(), temporary / _generator_file(dist.get_rank()))
+    # DCP keeps one copy of a buffer, but each process may have its own, such as running means of its rows.
+    own = {f"{BUFFER}{name}": b for name, b in model.named_buffers() if not isinstance(b, DTensor)}
+    save_file(_generator_states() | _separate(own), temporary / _process_file(dist.get_rank()))
     dist.barrier()
     if is_first:
         _finish(temporary, root, step, state, keep)
@@ -101,7 +111,7 @@ def _finish(temporary: Path, root: Path, step: int, state: dict[str, Any], keep:
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     for old in checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(root / f".{old.name}"))  # a name that is swept up if this process is killed
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -121,13 +131,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer])
     Raises:
         ValueError: a file is damaged, or the parameters are those of another model.
     """
-    file = _generator_file(dist.get_rank() if dist.is_initialized() else 0)
-    generator_states = _read_tensors(folder, file) if (folder / file).exists() else {}
+    file = _process_file(dist.get_rank() if dist.is_initialized() else 0)
+    own = _read_tensors(folder, file) if (folder / file).exists() else {}
     if (folder / DISTRIBUTED).is_dir():
         _load_distributed(folder, model, optimizers)
     else:
         _load_files(folder, model, optimizers)
-    for device, state in generator_states.items():
+    _load_buffers(model, {name.removeprefix(BUFFER): value for name, value in own.items() if name.startswith(BUFFER)})
+    for device, state in own.items():
+        if device.startswith(BUFFER):
+            continue
         if device == CPU:
             torch.set_rng_state(state)
         elif torch.device(device).index < torch.cuda.device_count():
@@ -147,8 +160,12 @@ def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer
     path = folder / DISTRIBUTED
     try:
         # get_state_dict makes a state for every parameter. One that never had a gradient has none in the checkpoint.
-        saved = {key.rsplit(".", 1)[0] for key in FileSystemReader(path).read_metadata().state_dict_metadata}
-        states = {name: entry for name, entry in moments["state"].items() if f"optimizer.state.{name}" in saved}
+        keys = list(FileSystemReader(path).read_metadata().state_dict_metadata)
+        states = {
+            name: entry
+            for name, entry in moments["state"].items()
+            if any(key.startswith(f"optimizer.state.{name}.") for key in keys)
+        }
         buffers = _other_buffers(model)
         state: dict[str, Any] = {"model": weights, "optimizer": {**moments, "state": states}, "buffers": buffers}
         state_dict_loader.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -164,27 +181,50 @@ def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer
 
 
 def _load_files(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
-    saved_tensors, tensors = _read_tensors(folder, "model.safetensors"), _tensors(model)
-    saved = {name: tuple(tensor.shape) for name, tensor in saved_tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if saved != expected:
-        differing = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
-        raise ValueError(f"the checkpoint {folder} is of another model: {differing[:5]} differ")
+    saved, parameters = _read_tensors(folder, "model.safetensors"), dict(model.named_parameters())
+    differing = {name for name, value in parameters.items() if name not in saved or saved[name].shape != value.shape}
+    buffers = {name: value for name, value in saved.items() if name not in parameters}
+    differing |= {name for name in buffers if not _has_buffer(model, name)}
+    differing |= dict(model.named_buffers()).keys() - saved.keys()
+    if differing:
+        raise ValueError(f"the checkpoint {folder} is of another model: {sorted(differing)[:5]} differ")
     states = _read_states(folder / OPTIMIZER_FILE)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            value = _shard_of(saved_tensors[name], tensor)
-            for dim, stride in enumerate(tensor.stride()):
-                if stride == 0:  # expanded along this dimension: all elements share memory, which is written once
-                    tensor, value = tensor.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
-            tensor.copy_(value)
+        for name, parameter in parameters.items():
+            parameter.copy_(_shard_of(saved[name], parameter))
+    _load_buffers(model, buffers)
     for name, extra in states["model"].items():
         model.get_submodule(name).set_extra_state(extra)
     for optimizer, state in zip(optimizers, states["optimizers"], strict=True):
-        for index, entry in state["state"].items():
-            parameter = _parameters_by_index(optimizer).get(index)
-            state["state"][index] = {name: _shard_of(value, parameter) for name, value in entry.items()}
+        for index, own in _parameters_by_index(optimizer).items():
+            entry = state["state"].get(index)
+            if entry is not None:
+                state["state"][index] = {name: _shard_of(value, own) for name, value in entry.items()}
         load_optimizer(optimizer, state)
+
+
+@torch.no_grad()
+def _load_buffers(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Loads buffers. One that had another size, or was not there yet, is replaced."""
+    buffers, device = dict(model.named_buffers()), next(model.parameters()).device
+    for name, value in saved.items():
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != value.shape:
+            owner, _, key = name.rpartition(".")
+            model.get_submodule(owner)._buffers[key] = value.to(device)
+            continue
+        value = _shard_of(value, buffer)
+        for dim, stride in enumerate(buffer.stride()):
+            if stride == 0:  # expanded along this dimension: all elements share memory, which is written once
+                buffer, value = buffer.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+        buffer.copy_(value)
+
+
+def _has_buffer(model: nn.Module, name: str) -> bool:
+    """Whether a module has this buffer, which may be None."""
+    owner, _, key = name.rpartition(".")
+    modules = dict(model.named_modules())
+    return owner in modules and key in modules[owner]._buffers
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -198,9 +238,19 @@ def _keep_dtypes(optimizer: Optimizer, saved: dict[Any, dict[str, Any]]) -> None
     """Puts tensors into the optimizer's state again that have another dtype there than those saved."""
     for parameter, entry in optimizer.state.items():
         for name, value in saved.get(parameter, {}).items():
-            loaded = entry.get(name)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                entry[name] = value.to(loaded.device, copy=True)
+            if name in entry:
+                entry[name] = _with_dtypes(entry[name], value)
+
+
+def _with_dtypes(loaded: Any, saved: Any) -> Any:
+    """What was loaded, with tensors as they were saved in place of those that have another dtype."""
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device, copy=True)
+    if isinstance(loaded, list | tuple) and isinstance(saved, list | tuple):
+        return type(loaded)(_with_dtypes(*values) for values in zip(loaded, saved, strict=True))
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return {name: _with_dtypes(value, saved[name]) for name, value in loaded.items()}
+    return loaded
 
 
 def _parameters_by_index(optimizer: Optimizer) -> dict[Any, Tensor]:
@@ -236,6 +286,16 @@ def _check_loadable(source: Path | io.BytesIO, description: str) -> None:
         ) from error
 
 
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, with copies of those that share memory with another, which safetensors does not write."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if memory in seen else tensor.contiguous()
+        seen.add(memory)
+    return found
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of the model. Shared ones are there once."""
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -269,8 +329,9 @@ def _shard_of(value: Any, parameter: Tensor | None) -> Any:
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def _generator_file(rank: int) -> str:
-    return f"random-{rank}.safetensors"
+def _process_file(rank: int) -> str:
+    """The file that holds what a process has of its own: the states of random generators, and buffers."""
+    return f"process-{rank}.safetensors"
 
 
 def _generator_states() -> dict[str, Tensor]:

@@ -29,10 +29,11 @@ ENDLESS = 10**15  # tokens of a corpus that no schedule is too long for
 
 
 def check_at_least_one(settings: Any, *names: str) -> None:
-    """Raises ``ValueError`` if one of the named settings is below 1."""
+    """Raises ``ValueError`` if one of the named settings is no whole number or below 1."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number and at least 1, got {value!r}")
 
 
 def check_updates(settings: OptimizerConfig | LoopConfig) -> None:
@@ -41,7 +42,7 @@ def check_updates(settings: OptimizerConfig | LoopConfig) -> None:
         raise ValueError(
             f"optimizer_at_switch must be one of {OPTIMIZER_AT_SWITCH}, got {settings.optimizer_at_switch!r}"
         )
-    if not settings.clip > 0:
+    if not isinstance(settings.clip, int | float) or not settings.clip > 0:
         raise ValueError(f"clip must be positive, got {settings.clip}")
 
 
@@ -52,6 +53,8 @@ def check_minutes(minutes: float | None) -> None:
 
 def check_batch_size(rows: int, parts: int, processes: int = 1) -> None:
     """Raises ``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"batch_size must be a whole number and at least 1, got {rows!r}")
     if rows % (processes * parts):
         divisor = "accumulation" if processes == 1 else f"{processes} processes times accumulation"
         raise ValueError(f"batch_size must be divisible by {divisor}, got {rows} and {parts}")

@@ -31,10 +31,12 @@ def is_time_to_evaluate(run: Run) -> bool:
 def evaluate(run: Run, patch_size: int) -> dict[str, Any]:
     """Token-level loss, and bits per byte if the bytes are known. For K > 1 also the loss of each slot, if a row holds
     two patches and the model gives the loss of every target. Nothing if the run has no held-out rows.
+
+    Random numbers that the model draws here are not missing in training, however often this is called.
     """
     if run.held_out is None:
         return {}
-    with modes_restored(run.model):
+    with modes_restored(run.model), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         run.model.eval()
         token_loss = slot_losses(run, 1)[0] if run.objective.takes_reduction else mean_loss(run, 1)
         values: dict[str, Any] = {"validation_loss": token_loss}
@@ -69,7 +71,7 @@ def mean_loss(run: Run, patch_size: int) -> float:
     """The loss of the held-out rows, reduced as in training: the mean over all their targets."""
     total, count = 0.0, 0
     for rows in held_out_parts(run, patch_size):
-        if targets := int(count_targets(rows, patch_size)):
+        if targets := int(count_targets(rows, patch_size).sum()):
             total += float(run.loss(*rows, patch_size, compiled=False)) * targets
             count += targets
     return total / max(count, 1)
@@ -82,7 +84,7 @@ def slot_losses(run: Run, patch_size: int) -> list[float]:
     for rows in held_out_parts(run, patch_size):
         losses = run.loss(*rows, patch_size, "none", compiled=False).double().cpu()  # (B, P, K)
         total += losses.sum((0, 1))
-        count += (losses != 0).sum((0, 1))  # the loss of an ignored target is exactly 0
+        count += count_targets(rows, patch_size).cpu()
     return (total / count.clamp(min=1)).tolist()
 
 

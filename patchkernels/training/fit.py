@@ -5,10 +5,7 @@ own.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import logging
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from patchkernels.data.batches import Rows
 from patchkernels.schedule import DEFAULT_PHASES, LearningRate, Phases, Schedule, parse_phases
-from patchkernels.training.checkpoint import check_settings
 from patchkernels.training.config import CheckpointConfig, LogConfig, LoopConfig, check_batch_size, check_minutes
 from patchkernels.training.console import Display
 from patchkernels.training.evaluation import evaluate, modes_restored
+from patchkernels.training.fit_checks import as_list, check_model, check_targets, raw_tokens, validation_rows
 from patchkernels.training.log import Log
 from patchkernels.training.loop import checkpoint_to_resume, loop
-from patchkernels.training.objective import Objective, synchronizing_module, unwrapped
+from patchkernels.training.objective import unwrapped
 from patchkernels.training.plot import plot
-from patchkernels.training.processes import Processes, check_data_parallel, current_processes
-from patchkernels.training.row_batches import CheckedRows, RowBatches, StreamBatches, stacked
-from patchkernels.training.run import Batches, Run, count_targets
+from patchkernels.training.processes import Processes
+from patchkernels.training.row_batches import CheckedRows, RowBatches, StreamBatches
+from patchkernels.training.run import Batches, Run
 from patchkernels.training.stop import StopRequest
-
-logger = logging.getLogger("patchkernels")
 
 
 def fit(
@@ -123,19 +117,23 @@ def fit(
         CheckpointConfig(save_every, keep, bool(resume)), LogConfig(log_every, eval_every),
     )  # fmt: skip
     config.check()
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0 on, got {seed!r}")
     check_minutes(minutes)
     parsed_phases = parse_phases(phases, shares_of, convention)
     stop = StopRequest(minutes)
     checked = CheckedRows(rows, seed)
     schedule = Schedule(parsed_phases, raw_tokens(tokens, checked), batch_size, checked.context, convention)
-    check_targets(schedule)
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    check_targets(schedule, checked)
+    optimizers = as_list(optimizer)
     held_out = None if validation is None else CheckedRows(validation, seed)
     processes = check_model(model, optimizers, [checked] if held_out is None else [checked, held_out])
     check_batch_size(batch_size, accumulation, processes.world_size)
     held_out_rows = None if held_out is None else validation_rows(held_out, checked)
     checkpoint = checkpoint_to_resume(Path(out), resume)
-    others = {"rows": checked.digest(), "shuffle": shuffle, "seed": seed}
+    others = {
+        "rows": checked.digest(), "validation": held_out and held_out.digest(), "shuffle": shuffle, "seed": seed,
+    }  # fmt: skip
     run = Run(
         Path(out), model, optimizers, batches(checked, schedule, processes, seed, shuffle), schedule, config,
         identity(config, schedule, unwrapped(model), optimizers, others), processes, stop, held_out=held_out_rows,
@@ -163,93 +161,6 @@ def take_steps(run: Run, checkpoint: Path | None) -> None:
             run.set_rates([peak.peak for peak in run.peaks])
 
 
-def raw_tokens(tokens: float | None, rows: CheckedRows) -> int:
-    """How many raw tokens the run reads."""
-    if tokens is None and not rows.has_length:
-        raise ValueError("rows without a length need tokens, the number of raw tokens to read")
-    if tokens is not None and not 0 < tokens < math.inf:
-        raise ValueError(f"tokens must be positive and finite, got {tokens}")
-    return int(tokens) if tokens is not None else len(rows) * rows.context
-
-
-def check_targets(schedule: Schedule) -> None:
-    """Raises ``ValueError`` if a phase's rows are a single patch, which has no next patch to predict."""
-    for phase in schedule.phases:
-        if schedule.positions(phase) < 2:
-            raise ValueError(
-                f"rows of {schedule.row_tokens(phase)} tokens have no targets at patch size {phase.patch_size}: "
-                "expected two patches or more"
-            )
-
-
-def check_model(model: nn.Module, optimizers: list[Optimizer], all_rows: list[CheckedRows]) -> Processes:
-    """Checks that these can be trained together, and returns the processes that train them.
-
-    Raises:
-        TypeError: the model has no interface that is known.
-        ValueError: parameters on the meta device or on several devices, labels that the model does not take, or several
-            processes without FSDP2 or DDP.
-    """
-    inner = unwrapped(model)
-    objective = Objective(inner)
-    if any(rows.brings_labels for rows in all_rows) and not objective.takes_labels:
-        raise ValueError(f"the rows are dictionaries, with labels, but {type(inner).__name__}.forward takes none")
-    check_optimizers(optimizers, list(inner.parameters()))
-    devices = {parameter.device for parameter in inner.parameters()}
-    if len(devices) != 1 or torch.device("meta") in devices:
-        raise ValueError(f"the model's parameters must be on one device, got {sorted(map(str, devices))}")
-    processes = current_processes(devices.pop())
-    if processes.world_size > 1:
-        check_data_parallel(synchronizing_module(model))
-    return processes
-
-
-def check_optimizers(optimizers: list[Optimizer], parameters: list[nn.Parameter]) -> None:
-    """Checks that the optimizers can train these parameters, and warns if some are in no optimizer.
-
-    Raises:
-        TypeError: no optimizer, one whose step needs a closure, or settings that cannot be saved.
-        ValueError: parameters that are not the model's, that are in two optimizers, or without a learning rate.
-    """
-    if not optimizers or not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
-        raise TypeError(f"expected one or several torch.optim.Optimizer, got {[type(o).__name__ for o in optimizers]}")
-    seen: set[int] = set()
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        if any(p.default is p.empty for p in inspect.signature(optimizer.step).parameters.values()):
-            raise TypeError(f"{name}.step needs a closure, which computes the loss several times in a step")
-        for group in optimizer.param_groups:
-            if not (isinstance(group.get("lr"), float | int | Tensor) and float(group["lr"]) > 0):
-                raise ValueError(
-                    f"every group of parameters needs a learning rate above 0, got lr={group.get('lr')} in {name}; "
-                    "leave out of the optimizers what is not to be trained"
-                )
-        check_settings(optimizer)
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if own & seen:
-            raise ValueError(f"{len(own & seen)} parameters of {name} are in another optimizer too")
-        seen |= own
-    if seen - {id(parameter) for parameter in parameters}:
-        raise ValueError(
-            "the optimizer holds parameters that are not the model's: make it after the model is moved or sharded"
-        )
-    left_out = sum(parameter.requires_grad and id(parameter) not in seen for parameter in parameters)
-    if left_out:
-        logger.warning("%d parameters that require gradients are in no optimizer and are not trained", left_out)
-
-
-def validation_rows(checked: CheckedRows, training: CheckedRows) -> Rows:
-    """All validation rows, as one batch. ``ValueError`` unless they have targets and the length of training rows."""
-    if checked.context != training.context:
-        raise ValueError(
-            f"validation rows must have {training.context} tokens, as those of training, got {checked.context}"
-        )
-    rows = stacked(list(checked), not checked.brings_labels)
-    if not count_targets(rows, 1):
-        raise ValueError("the validation rows have no targets: all their labels are ignored")
-    return rows
-
-
 def batches(rows: CheckedRows, schedule: Schedule, processes: Processes, seed: int, shuffle: bool) -> Batches:
     if rows.has_length:
         return RowBatches(rows, schedule, seed, shuffle, processes.rank, processes.world_size)
@@ -267,6 +178,7 @@ def identity(
         "warmup": rate.warmup, "decay": rate.decay, "lr_shape": rate.shape, "lr_scope": rate.scope,
         "optimizer_at_switch": config.optimizer_at_switch, "clip": config.clip, "bf16": config.bf16,
         "parameters": summary(names, names), "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
+        "optimizer_states": [fresh_state(o) for o in optimizers if config.optimizer_at_switch == "reset"],
         "groups": [
             {**group, "params": summary(group["params"], names)}
             for optimizer in optimizers for group in optimizer.param_groups
@@ -277,9 +189,22 @@ def identity(
 
 
 def summary(parameters: Iterable[Tensor], names: dict[Any, str]) -> str:
-    """Names these parameters, in their order, by their number and a digest of their names and shapes."""
-    described = [f"{names[parameter]} {tuple(parameter.shape)}" for parameter in parameters]
+    """Names these parameters, in their order, by their number and a digest of what is not trained in them."""
+    described = [
+        f"{names[parameter]} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}"
+        for parameter in parameters
+    ]
     return f"{len(described)} tensors ({hashlib.sha256(chr(10).join(described).encode()).hexdigest()[:8]})"
+
+
+def fresh_state(optimizer: Optimizer) -> str:
+    """Names the state that an optimizer comes with: which entries it has, and the numbers among them (steps)."""
+    entries = [
+        (str(index), str(name), value.item() if isinstance(value, Tensor) and value.numel() == 1 else None)
+        for index, state in optimizer.state_dict()["state"].items() if isinstance(state, dict)
+        for name, value in state.items()
+    ]  # fmt: skip
+    return f"{len(entries)} entries ({hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()[:8]})"
 
 
 def describe(value: Any) -> Any:

@@ -12,13 +12,16 @@ from patchkernels.files import replace_file
 class Log:
     """Appends lines to the file at ``path``, or writes nothing if that is None.
 
-    A run that resumes at ``step`` keeps the lines up to that step and writes the later ones again.
+    A run that resumes at ``step`` keeps the lines up to that step and writes the later ones again. A new run keeps the
+    log of another one, which left no checkpoint, under the name ``log.previous.jsonl``.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
         self.file: TextIO | None = None
         if path is None:
             return
+        if not step and path.exists():
+            path.replace(path.with_suffix(".previous.jsonl"))
         kept = [line for line in read_log(path) if line["step"] <= step] if step and path.exists() else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
         replace_file(path, lambda temporary: temporary.write_text(text))

@@ -19,9 +19,14 @@ def checkpoint_to_resume(out: Path, resume: bool | str) -> Path | None:
     """The newest checkpoint of the folder, or None for a new run. ``"auto"`` resumes if there is one.
 
     Raises:
-        FileExistsError: the folder holds a run that is not to be resumed.
+        ValueError: ``resume`` is something else.
+        FileExistsError: the folder holds a run that is not to be resumed, or is no folder.
         FileNotFoundError: there is nothing to resume.
     """
+    if resume not in (True, False, "auto") or isinstance(resume, int) != isinstance(resume, bool):
+        raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: expected a folder for the run")
     saved = checkpoints(out / "checkpoints")
     if saved and not resume:
         raise FileExistsError(f"{out} holds a run: resume it (--resume, or resume=True), or write to another folder")

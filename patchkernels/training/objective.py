@@ -93,9 +93,9 @@ class Objective:
         Raises:
             TypeError: what the model returns is no loss of the expected shape.
         """
-        arguments: dict[str, Any] = {self.ids or IDS: ids}
+        arguments: dict[str, Any] = {self.ids or IDS: ids.clone()}  # a forward may change what it is given
         if self.labels is not None:
-            arguments[self.labels] = labels
+            arguments[self.labels] = labels.clone()
         if PATCH_SIZE in self.names:
             arguments[PATCH_SIZE] = patch_size
         for patched in self.patched:

@@ -24,7 +24,8 @@ from patchkernels.hf.rows import PatchRows, PatchStream
 from patchkernels.numerics import IGNORE_INDEX
 from patchkernels.schedule import Schedule
 
-DIGEST_ROWS = 64  # how many rows of a dataset are read to name it
+LOOKED_AT = 64  # how many rows of a dataset are read to name it
+LABELS = ("labels", "attention_mask")  # what lets the labels of a row differ from its token ids
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ class CheckedRows:
     Attributes:
         context: number of tokens of a row, that of the first one.
         has_length: whether rows can be read in any order; otherwise only one after the other.
-        brings_labels: whether the rows are dictionaries, whose labels may differ from their ids.
+        brings_labels: whether the rows are dictionaries with labels or a mask, so that labels may differ from the ids.
         random_state: that of the generator on the CPU which an iterable draws from.
 
     Raises:
@@ -63,19 +64,22 @@ class CheckedRows:
             raise TypeError(f"rows must be a dataset or an iterable of rows of token ids, got {type(rows).__name__}")
         is_stream = isinstance(rows, IterableDataset)  # it has a __getitem__, which raises
         self.has_length = not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-        self.rows, self.context = rows, 0
+        self.rows, self.context, self.epoch = rows, 0, 0
+        if hasattr(rows, "set_epoch"):
+            rows.set_epoch(0)
         self.random_state = generator_state(seed)
         self.begun: Iterator[Any] | None = None  # all rows, of which the first has been looked at
         with drawing_from(self.random_state):
             if self.has_length:
-                first = rows[0] if len(rows) else None
+                first = self._first() if len(rows) else None
             else:
                 iterator = iter(rows)
                 first = next(iterator, None)
                 self.begun = itertools.chain([first], iterator)
         if first is None:
             raise ValueError("there are no rows: the dataset is empty")
-        self.brings_labels = isinstance(first, Mapping)
+        self.are_dictionaries = isinstance(first, Mapping)
+        self.brings_labels = self.are_dictionaries and any(first.get(name) is not None for name in LABELS)
         self.first = self.check(first, 0)
         self.context = len(self.first["input_ids"])
 
@@ -90,10 +94,19 @@ class CheckedRows:
         for number, row in enumerate(rows):
             yield self.check(row, number)
 
+    def _first(self) -> Any:
+        try:
+            return self.rows[0]
+        except KeyError as error:
+            raise TypeError(f"rows must be read by their numbers, but {type(self.rows).__name__}[0] fails") from error
+
     def _begin(self) -> Iterator[Any]:
         """The rows of an iterable from the first one on."""
         begun, self.begun = self.begun, None
         if begun is None:
+            self.epoch += 1
+            if hasattr(self.rows, "set_epoch"):  # a stream that is shuffled anew in every epoch
+                self.rows.set_epoch(self.epoch)
             iterator = iter(self.rows)
             if (first := next(iterator, None)) is None:
                 raise ValueError("the rows have ended and cannot be read again: pass an iterable that begins again")
@@ -102,20 +115,25 @@ class CheckedRows:
 
     def check(self, row: Any, number: int) -> dict[str, Tensor]:
         """``input_ids`` and ``labels`` of a row, each int64 of shape (context). Masked tokens have ignored labels."""
-        if isinstance(row, Mapping) != self.brings_labels:
+        if isinstance(row, Mapping) != self.are_dictionaries:
             raise ValueError(f"row {number}: either all rows are dictionaries or none, got {type(row).__name__}")
         fields = row if isinstance(row, Mapping) else {"input_ids": row}
+        if not self.brings_labels and (others := [name for name in LABELS if fields.get(name) is not None]):
+            raise ValueError(f"row {number} has {others[0]}, but the first row has none")
         if "input_ids" not in fields:
             raise ValueError(f"row {number} must hold input_ids, got {sorted(fields)}")
-        given = {name: fields.get(name) for name in ("input_ids", "labels", "attention_mask")}
-        tensors = {name: as_tensor(values) for name, values in given.items() if values is not None}
+        given = {name: fields.get(name) for name in ("input_ids", *LABELS)}
+        names = [name for name, values in given.items() if values is not None]
+        tensors = {name: as_tensor(given[name], f"row {number}: {name}") for name in names}
         length = self.context or (len(tensors["input_ids"]) if tensors["input_ids"].ndim else 0)
         for name, tensor in tensors.items():
             is_integer = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
             if not is_integer or tensor.ndim != 1 or not len(tensor) or (tensor.dtype == torch.bool and "ids" in name):
+                hint = {0: "; cut a long sequence into rows, with reshape(-1, T) for example",
+                        2: "; a DataLoader gives rows with batch_size=None"}.get(tensor.ndim, "")  # fmt: skip
                 raise ValueError(
                     f"row {number}: {name} must be integers, one for each token of the row, got {tensor.dtype} of "
-                    f"shape {tuple(tensor.shape)}"
+                    f"shape {tuple(tensor.shape)}{hint}"
                 )
             if len(tensor) != length:
                 raise ValueError(
@@ -128,21 +146,32 @@ class CheckedRows:
             labels = labels.masked_fill(tensors["attention_mask"] == 0, IGNORE_INDEX)
         return {"input_ids": ids, "labels": labels}
 
+    def some(self) -> list[dict[str, Tensor]]:
+        """Some rows, evenly spread; of a stream the first one."""
+        if not self.has_length:
+            return [self.first]
+        numbers = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self)), dtype=int).tolist()
+        with drawing_from(self.random_state.clone()):
+            return [self[number] for number in numbers]
+
     def digest(self) -> str:
-        """Names the rows by their number and by some of them, evenly spread; a stream by its first row."""
-        rows = [self.first]
-        if self.has_length:
-            numbers = np.linspace(0, len(self) - 1, min(DIGEST_ROWS, len(self)), dtype=int).tolist()
-            rows = [self[number] for number in numbers]
+        """Names the rows by their number and by some of them."""
+        rows = self.some()
         content = hashlib.sha256(str(len(self) if self.has_length else None).encode())
         for tensor in (tensor for row in rows for tensor in row.values()):
             content.update(tensor.cpu().numpy().tobytes())
         return content.hexdigest()[:16]
 
 
-def as_tensor(values: Any) -> Tensor:
+def as_tensor(values: Any, name: str) -> Tensor:
     """A tensor of these values. Arrays are copied, because torch warns of read-only ones (memory-mapped files)."""
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.array(values)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be integers, one for each token of the row: {error}") from error
 
 
 class RowBatches:

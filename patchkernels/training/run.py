@@ -131,7 +131,7 @@ class Run:
         index, steps_done = self.schedule.locate(self.step)
         if steps_done == 0 and self.step > 0:
             for optimizer, fresh in zip(self.optimizers, self.fresh_states):
-                load_optimizer(optimizer, fresh)
+                load_optimizer(optimizer, copy.deepcopy(fresh))  # whose tensors the optimizer then changes
         if self.warms_up and index not in self.warm_phases:
             self.warm_up()
             self.warm_phases.add(index)
@@ -208,7 +208,7 @@ class Run:
         """
         if self.batches.labels_are_ids:
             return [1 / len(parts)] * len(parts)
-        counts = torch.stack([count_targets(part, phase.patch_size) for part in parts])
+        counts = torch.stack([count_targets(part, phase.patch_size).sum() for part in parts])
         (mean_count,) = self.processes.mean(counts.sum())
         return [count / max(mean_count, 1) for count in counts.tolist()]
 
@@ -266,14 +266,30 @@ class Run:
         saved, current = state.get("identity", {}), self.identity
         differing = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
         if differing:
-            changes = ", ".join(f"{name}: {saved.get(name)!r} there, {current.get(name)!r} here" for name in differing)
+            changes = ", ".join(change for name in differing for change in changes_of(name, saved, current))
             raise ValueError(f"the checkpoint {checkpoint} is of another configuration ({changes})")
         load_checkpoint(checkpoint, self.model, self.optimizers)
         self.step, self.seconds = state["step"], state["seconds"]
         self.compile_seconds = state["compile_seconds"]
 
 
+def changes_of(name: Any, saved: Any, current: Any) -> Iterator[str]:
+    """What differs between the entries of this name in two settings: each entry inside it, if these are comparable."""
+    there, here = (s.get(name) if isinstance(s, dict) else s[name] for s in (saved, current))
+    if there == here:
+        return
+    if isinstance(there, dict) and isinstance(here, dict):
+        names: Any = there.keys() | here.keys()
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        names = range(len(there))
+    else:
+        yield f"{name}: {there!r} there, {here!r} here"
+        return
+    for inner in sorted(names):
+        yield from (f"{name} {change}" for change in changes_of(inner, there, here))
+
+
 def count_targets(rows: Rows, patch_size: int) -> Tensor:
-    """The number of targets of these rows that are not ignored, a scalar."""
+    """The number of targets of these rows that are not ignored, for each of the K slots: (K)."""
     _, labels, documents = rows
-    return (patch_targets(labels, patch_size, documents) != IGNORE_INDEX).sum()
+    return (patch_targets(labels, patch_size, documents) != IGNORE_INDEX).sum((0, 1))

@@ -254,7 +254,7 @@ def test_bad_input(tmp_path):
     ragged_ids = [{"input_ids": list(range(3 + i % 5))} for i in range(48)]
 
     def pads_left(rows):
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        ids = [torch.as_tensor(row["input_ids"]) for row in rows]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
         return {"input_ids": mask, "labels": mask, "attention_mask": mask}
 

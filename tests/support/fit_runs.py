@@ -100,3 +100,16 @@ def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:
             return read(self, at)
 
         patch.setattr(cls, "batch", batch)
+
+
+def assert_resumes(tmp_path, model: Any, make: Any = adamw, rows: Any = token_rows, at: int = 7, **options: Any) -> Any:
+    """A run that crashes at a step and is resumed is the same as one that does not, bit for bit."""
+    straight = train(tmp_path / "straight", model(), make, rows(), **options)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, at)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", model(), make, rows(), **options)
+    resumed = train(tmp_path / "run", model(), make, rows(), **options, resume=True)
+    assert_equal(resumed, straight)
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
+    return straight

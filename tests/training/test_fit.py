@@ -32,7 +32,7 @@ from fit_runs import (
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from patchkernels import PatchLM, PatchLMConfig
 from patchkernels.training import NonFiniteError
@@ -238,6 +238,28 @@ class NoLabels(Model):
         return super().forward(input_ids, input_ids, self.tokens.patch_size)
 
 
+class Table:
+    """Columns by name, as in a table of pandas."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, name: object) -> object:
+        raise KeyError(name)
+
+
+class SparseBuffer(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", torch.eye(3).to_sparse())
+
+
+def with_scheduler(model: nn.Module) -> list[torch.optim.Optimizer]:
+    (optimizer,) = adamw(model)
+    torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    return [optimizer]
+
+
 class NoPatches(nn.Linear):
     pass
 
@@ -257,6 +279,22 @@ class NoPatches(nn.Linear):
         ({"rows": lambda: [{"text": "abc"}]}, ValueError, r"row 0 must hold input_ids, got \['text'\]"),
         ({"rows": lambda: [[1, 2, 3, 4], [1, 2, 3]], "validation": None}, ValueError, "row 1: .* must be 4 .*got 3"),
         ({"rows": Stream, "tokens": None}, ValueError, "rows without a length need tokens"),
+        ({"rows": lambda: ["some text"]}, ValueError, "row 0: input_ids must be integers"),
+        ({"rows": lambda: [[[1, 2], [3]]]}, ValueError, "row 0: input_ids must be integers"),
+        ({"rows": lambda: token_rows().flatten()}, ValueError, r"got torch.int64 of shape \(\); .*reshape\(-1, T\)"),
+        ({"rows": lambda: DataLoader(token_rows(), batch_size=4)}, ValueError, "gives rows with batch_size=None"),
+        ({"rows": lambda: Table()}, TypeError, r"read by their numbers, but Table\[0\] fails"),
+        ({"tokens": "5000"}, TypeError, "tokens must be a number, got '5000'"),
+        ({"clip": None}, ValueError, "clip must be positive, got None"),
+        ({"batch_size": 4.0}, ValueError, "batch_size must be a whole number"),
+        ({"accumulation": 1.0}, ValueError, "accumulation must be a whole number"),
+        ({"seed": -1}, ValueError, "seed must be a whole number from 0 on, got -1"),
+        ({"resume": "yes"}, ValueError, "resume must be True, False or 'auto', got 'yes'"),
+        ({"make": lambda model: None}, TypeError, r"torch.optim.Optimizer, got \['NoneType'\]"),
+        ({"make": lambda model: torch.optim.AdamW}, TypeError, r"torch.optim.Optimizer, got \['AdamW'\]"),
+        ({"make": with_scheduler}, ValueError, "AdamW has a scheduler of its learning rate"),
+        ({"model": lambda: new_model().requires_grad_(False)}, ValueError, "no parameter .* requires gradients"),
+        ({"model": SparseBuffer}, TypeError, "edges cannot be saved: a tensor of torch.float32 and torch.sparse_coo"),
         ({"tokens": float("nan")}, ValueError, "tokens must be positive and finite, got nan"),
         ({"validation": lambda: torch.zeros(2, 5, dtype=torch.long)}, ValueError, "must have 8 tokens, .* got 5"),
         ({"make": lambda model: adamw(new_model())}, ValueError, "parameters that are not the model's"),
@@ -267,7 +305,7 @@ class NoPatches(nn.Linear):
         ({"batch_size": 3, "accumulation": 2}, ValueError, "batch_size must be divisible by accumulation"),
         ({"clip": 0.0}, ValueError, "clip must be positive"),
         ({"minutes": -1.0}, ValueError, "minutes must be positive"),
-        ({"keep": 0}, ValueError, "keep must be at least 1"),
+        ({"keep": 0}, ValueError, "keep must be a whole number and at least 1"),
         ({"warmup": 1.5}, ValueError, "warmup in"),
         ({"optimizer_at_switch": "keep"}, ValueError, "optimizer_at_switch must be one of"),
         ({"resume": True}, FileNotFoundError, "nothing to resume"),
@@ -288,11 +326,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     log = (tmp_path / "log.jsonl").read_bytes()
     with pytest.raises(FileExistsError, match="holds a run"):
         train(tmp_path, new_model())
+    with pytest.raises(FileExistsError, match="is a file: expected a folder"):
+        train(tmp_path / "log.jsonl", new_model())
     for changes, message in (
         ({"rows": token_rows() + 1 - 1, "batch_size": 4}, "batch_size: 2 there, 4 here"),
         ({"rows": token_rows().flip(0)}, "rows: "),
-        ({"make": momentum}, "groups: .*optimizers: .*AdamW.*SGD"),
+        ({"make": momentum}, "groups 0 amsgrad: .*optimizers 0: .*AdamW.*SGD"),
         ({"seed": 3}, "seed: 0 there, 3 here"),
+        ({"validation": token_rows(6)}, "validation: "),
+        (
+            {"make": lambda model: [torch.optim.AdamW(model.parameters(), lr=2e-2)]},
+            r"\(groups 0 lr: 0.01 there, 0.02 here\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, new_model(), **changes, resume=True)

@@ -1,4 +1,4 @@
-"""What a run of ``fit`` saves, restores and leaves as it was: optimizers, buffers, modes, gradients, random numbers."""
+"""What a run of ``fit`` saves, restores and leaves as it was: buffers, modes, gradients, random numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fit_runs import (
     Model,
     adamw,
     assert_equal,
+    assert_resumes,
     crash_at,
-    momentum,
     new_model,
     token_rows,
     train,
@@ -24,50 +24,12 @@ from fit_runs import (
 )
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, Dataset
 
+from patchkernels import next_patch_targets
 from patchkernels.training import fit
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.log import read_log
 from patchkernels.training.processes import full_tensor
-
-
-def assert_resumes(tmp_path, model: Any, make: Any = adamw, rows: Any = token_rows, at: int = 7, **options: Any) -> Any:
-    """A run that crashes at a step and is resumed is the same as one that does not, bit for bit."""
-    straight = train(tmp_path / "straight", model(), make, rows(), **options)
-    with pytest.MonkeyPatch.context() as patch:
-        crash_at(patch, at)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "run", model(), make, rows(), **options)
-    resumed = train(tmp_path / "run", model(), make, rows(), **options, resume=True)
-    assert_equal(resumed, straight)
-    assert untimed(tmp_path / "run") == untimed(tmp_path / "straight")
-    return straight
-
-
-class PreciseMomentum(torch.optim.Optimizer):
-    """Momentum in fp32, whatever the dtype of the parameters, with a state that is there from the beginning."""
-
-    def __init__(self, parameters: Any, lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            self.state[parameter] = {"sum": torch.full(parameter.shape, 1e-4), "steps": 0}
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    state["steps"] += 1
-                    state["sum"].mul_(0.9).add_(parameter.grad.float())
-                    parameter.data.add_((-group["lr"] * state["sum"]).to(parameter.dtype))
-
-
-@pytest.mark.parametrize("at", [7, 12])
-def test_the_state_of_an_optimizer_keeps_its_dtype(tmp_path, at):
-    assert_resumes(
-        tmp_path, lambda: new_model().bfloat16(), lambda model: [PreciseMomentum(model.parameters(), 1e-2)], at=at
-    )
 
 
 class Stateful(Model):
@@ -98,48 +60,6 @@ def test_all_buffers_and_extra_states_are_saved(tmp_path):
     assert straight["_extra_state"] == {"calls": 18}
 
 
-class Marked(Dataset):
-    """Rows whose labels are masked at random as they are read."""
-
-    def __len__(self):
-        return 48
-
-    def __getitem__(self, number):
-        row = token_rows()[number]
-        return {"input_ids": row, "labels": row.masked_fill(torch.rand(CONTEXT) < 0.3, -100)}
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [Marked, lambda: DataLoader(token_rows(), batch_size=None, shuffle=True)],
-    ids=["dataset that masks at random", "loader that shuffles"],
-)
-def test_rows_that_draw_random_numbers(tmp_path, rows):
-    options = {"tokens": 60 * 2 * CONTEXT, "validation": None, "batch_size": 2}
-    assert_resumes(tmp_path, new_model, rows=rows, at=13, **options)
-
-
-def test_random_rows_depend_on_the_seed_and_leave_the_generator_alone(tmp_path):
-    losses = {}
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed + 7)  # makes no difference
-        train(tmp_path / str(len(losses)), new_model(), rows=Marked(), seed=seed, shuffle=False, tokens=8 * 2 * CONTEXT)
-        losses[len(losses)] = [line["loss"] for line in read_log(tmp_path / str(len(losses)) / "log.jsonl")[1:]]
-    assert losses[0] == losses[1] != losses[2]
-
-
-def test_a_stream_is_begun_once(tmp_path):
-    begun = []
-
-    class Rows:
-        def __iter__(self):
-            begun.append(None)
-            return iter(token_rows(72))
-
-    train(tmp_path, new_model(), rows=Rows())
-    assert len(begun) == 1
-
-
 def test_a_model_is_called_once_a_step(tmp_path):
     """There is no call to warm up, which would change what a model keeps between calls."""
     model = new_model(Stateful)
@@ -148,33 +68,11 @@ def test_a_model_is_called_once_a_step(tmp_path):
     assert not any("compile_seconds" in line for line in read_log(tmp_path / "log.jsonl"))
 
 
-def test_parameters_in_no_optimizer_do_not_change_the_step(tmp_path):
-    """Their gradients are neither clipped with the others nor added up over the steps."""
-    steps = {}
-    for frozen in (True, False):
-        model = new_model(lambda: Model(0.0))
-        model.hidden.requires_grad_(frozen)
-        trained = [model.tokens.weight, *model.head.parameters()]
-        steps[frozen] = train(
-            tmp_path / str(frozen), model, lambda _, p=trained: [torch.optim.SGD(p, lr=0.5)], clip=0.1
-        )
-        assert all(parameter.grad is None for parameter in model.parameters())
-    assert_equal(steps[True], steps[False])
-
-
 def test_gradients_that_the_model_came_with_do_not_enter_the_first_step(tmp_path):
     model = new_model()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert_equal(train(tmp_path / "found", model), train(tmp_path / "expected", new_model()))
-
-
-def test_a_reset_gives_an_optimizer_the_state_that_it_came_with(tmp_path):
-    model = new_model().bfloat16()
-    optimizer = PreciseMomentum(model.parameters(), 1e-2)
-    train(tmp_path, model, lambda _: [optimizer], optimizer_at_switch="reset", validation=None)
-    assert {state["steps"] for state in optimizer.state.values()} == {12, 0}, "12 steps of tokens; one is never used"
-    assert optimizer.state[model.unused]["sum"].equal(torch.full((3, 3), 1e-4))
 
 
 def test_modes_are_as_they_were(tmp_path):
@@ -227,31 +125,6 @@ def test_the_accumulation_may_change_when_a_run_is_resumed(tmp_path):
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 18
 
 
-class Failing(Dataset):
-    """Rows of which one cannot be read, as long as the disk fails."""
-
-    fails = True
-
-    def __len__(self):
-        return 200
-
-    def __getitem__(self, number):
-        if number == 40 and self.fails:
-            raise OSError("the disk has failed")
-        return token_rows(200)[number]
-
-
-def test_a_run_is_saved_when_its_rows_fail(tmp_path):
-    options = {"shuffle": False, "save_every": 100, "phases": "1:1"}
-    expected = train(tmp_path / "expected", new_model(), rows=token_rows(200), **options)
-    rows = Failing()
-    with pytest.raises(OSError, match="the disk has failed"):
-        train(tmp_path / "run", new_model(), rows=rows, **options)
-    assert [folder.name for folder in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000020"]
-    rows.fails = False
-    assert_equal(train(tmp_path / "run", new_model(), rows=rows, **options, resume=True), expected)
-
-
 def fit_sharded_alone(out: Any) -> list[Any]:
     def weights(folder: str, resume: bool = False) -> list[Any]:
         model = new_model()
@@ -275,72 +148,6 @@ def test_a_sharded_model_on_one_process(tmp_path):
         torch.testing.assert_close(torch.tensor(weight), expected[name])
 
 
-class Unsaveable:
-    pass
-
-
-def with_option(model: nn.Module, **option: Any) -> list[torch.optim.Optimizer]:
-    return [torch.optim.SGD([{"params": list(model.parameters()), **option}], lr=0.1)]
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda model: with_option(model, note=Unsaveable()), TypeError, "settings of an optimizer hold .*Unsaveable"),
-        (lambda model: with_option(model, lr=0.0), ValueError, r"a learning rate above 0, got lr=0.0 in SGD"),
-        (lambda model: with_option(model, lr=None), ValueError, r"a learning rate above 0, got lr=None in SGD"),
-        (lambda model: [torch.optim.LBFGS(model.parameters())], TypeError, "LBFGS.step needs a closure"),
-        (lambda model: adamw(model) + momentum(model), ValueError, "5 parameters of SGD are in another optimizer too"),
-    ],
-)
-def test_optimizers_that_cannot_be_run_are_refused_before_any_work(tmp_path, make, error, message):
-    with pytest.raises(error, match=message):
-        train(tmp_path / "run", new_model(), make)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_state_that_cannot_be_saved_is_named_at_the_first_save(tmp_path):
-    model = new_model()
-    (optimizer,) = momentum(model)
-    step = optimizer.step
-    optimizer.step = lambda: (step(), optimizer.state[model.unused].update(note=Unsaveable()))
-    with pytest.raises(TypeError, match=r"the state of an optimizer, .* cannot be saved safely, .*Unsaveable"):
-        train(tmp_path, model, lambda _: [optimizer])
-    assert not checkpoints(tmp_path / "checkpoints")
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (lambda: [torch.zeros(4, dtype=torch.bool)], r"row 0: input_ids must be integers.*torch.bool"),
-        (lambda: [{"input_ids": [1, 2], "attention_mask": [[1, 1]]}], r"row 0: attention_mask must be .*\(1, 2\)"),
-        (lambda: [{"input_ids": [1, 2], "labels": [1.0, 2.0]}], "row 0: labels must be integers.*float64"),
-        (lambda: [[1, 2, 3], {"input_ids": [1, 2, 3]}], "row 1: either all rows are dictionaries or none, got dict"),
-    ],
-)
-def test_rows_that_are_none_are_named(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path, new_model(), rows=rows(), validation=None, phases="1:1")
-
-
-def test_phases_without_targets_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="rows of 8 tokens have no targets at patch size 8: expected two patches"):
-        train(tmp_path, new_model(), phases="8:1/2,1:1/2", convention="tokens")
-
-
-def test_integers_of_every_kind_are_token_ids(tmp_path):
-    expected = train(tmp_path / "int64", new_model())
-    for dtype in (torch.int32, torch.uint8, torch.uint16):
-        assert_equal(train(tmp_path / str(dtype), new_model(), rows=token_rows().to(dtype)), expected)
-
-
-def test_validation_rows_without_targets_are_refused(tmp_path):
-    rows = [{"input_ids": row, "labels": torch.full((CONTEXT,), -100)} for row in token_rows(3)]
-    with pytest.raises(ValueError, match="the validation rows have no targets"):
-        train(tmp_path / "run", new_model(), validation=rows)
-    assert not (tmp_path / "run").exists()
-
-
 def test_what_makes_another_run(tmp_path):
     """Settings that change what a resumed run computes are compared, whatever their kind."""
 
@@ -349,8 +156,12 @@ def test_what_makes_another_run(tmp_path):
         return [torch.optim.AdamW([{"params": parameters[:split]}, {"params": parameters[split:]}], lr=1e-2)]
 
     train(tmp_path, new_model(), lambda model: grouped(model, 2))
-    with pytest.raises(ValueError, match="groups: "):
+    with pytest.raises(ValueError, match="groups 0 params: '2 tensors"):
         train(tmp_path, new_model(), lambda model: grouped(model, 3), resume=True)
+    for change in (lambda model: model.bfloat16(), lambda model: model.hidden.bias.requires_grad_(False)):
+        change(model := new_model())
+        with pytest.raises(ValueError, match="parameters: "):
+            train(tmp_path, model, lambda model: grouped(model, 2), resume=True)
 
     class Renamed(Model):
         def __init__(self) -> None:
@@ -373,3 +184,96 @@ def test_rates_and_modes_are_restored_after_an_error(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             fit(model, optimizers, token_rows(), out=tmp_path, batch_size=2, phases="2:1/2,1:1/2")
     assert optimizers[0].param_groups[0]["lr"] == 1e-2 and not model.training
+
+
+def fit_with_buffers_on_processes(out: Any) -> list[Any]:
+    """The weights, and the running mean of this process, of a run and of one that is resumed."""
+
+    def values(folder: str, resume: bool = False) -> list[Any]:
+        model = new_model()
+        fully_shard(model)
+        train(out / folder, model, resume=resume)
+        return [full_tensor(parameter).tolist() for parameter in model.parameters()] + [model.average.tolist()]
+
+    found = [values("straight")]
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            values("run")
+    return [*found, values("run", resume=True)]
+
+
+def test_buffers_of_each_process(tmp_path):
+    (first, again), (second, again_second) = run(fit_with_buffers_on_processes, 2, tmp_path)
+    assert first == again and second == again_second
+    assert first[-1] != second[-1], "each process has a mean of its own rows"
+
+
+class SharedMemory(Model):
+    """With tensors that share memory without being the same, and with a buffer that appears and grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(4, 4))
+        self.register_buffer("part", self.table[:2])
+        self.again = nn.Parameter(self.hidden.weight.data)
+        self.register_buffer("seen", None)
+
+    def forward(self, input_ids, labels, patch_size):
+        if self.training:
+            seen = torch.zeros(0) if self.seen is None else self.seen
+            self.seen = torch.cat([seen, input_ids.float().mean()[None]])
+        return super().forward(input_ids, labels, patch_size) + self.seen.sum() * 1e-3 * self.again.mean()
+
+
+def test_tensors_that_share_memory_or_grow(tmp_path):
+    straight = assert_resumes(tmp_path, lambda: new_model(SharedMemory), validation=None)
+    assert straight["seen"].shape == (18,)
+
+
+class Careless(Model):
+    """Changes what it is given, and draws random numbers in evaluation mode too."""
+
+    def forward(self, input_ids, labels, patch_size):
+        labels = labels.clone()
+        input_ids[:, 0] = 0
+        return super().forward(input_ids, labels, patch_size) * (1 + 0.1 * torch.rand(()))
+
+
+class Careful(Careless):
+    def forward(self, input_ids, labels, patch_size):
+        return super().forward(input_ids.clone(), labels, patch_size)
+
+
+def test_a_model_that_changes_its_inputs_and_draws_in_evaluation(tmp_path):
+    expected = train(tmp_path / "careful", new_model(Careful))
+    assert_equal(train(tmp_path / "careless", new_model(Careless), eval_every=100), expected)
+    lines = {name: untimed(tmp_path / name) for name in ("careful", "careless")}
+    losses = {name: [line["loss"] for line in lines[name] if "loss" in line] for name in lines}
+    assert losses["careful"] == losses["careless"]
+
+
+def test_a_loss_of_zero_counts(tmp_path):
+    """The validation loss of a model that is sure of half its targets is half that of the others."""
+
+    class Sure(Model):
+        def forward(self, input_ids, labels, patch_size, reduction="mean"):
+            target = next_patch_targets(labels, patch_size)
+            losses = torch.where(target % 2 == 0, 0.0, 3.0).masked_fill(target == -100, 0.0)
+            losses = losses + 0 * self.hidden.weight.sum()
+            return losses if reduction == "none" else losses.sum() / (target != -100).sum()
+
+    held_out = token_rows(5)
+    train(tmp_path, new_model(Sure), validation=held_out, phases="1:1")
+    odd = (held_out[:, 1:] % 2).double().mean().item()
+    assert read_log(tmp_path / "log.jsonl")[0]["validation_loss"] == pytest.approx(3 * odd)
+
+
+def test_the_log_of_a_run_without_a_checkpoint_is_kept(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, new_model())
+    old = (tmp_path / "log.jsonl").read_text()
+    train(tmp_path, new_model())
+    assert (tmp_path / "log.previous.jsonl").read_text() == old
