@@ -39,7 +39,8 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
     A patch step must be exact: the unchanged model applied to mean embeddings, with the K-token cross entropy of its
     logits. A model that is not enabled yet is examined for that, without running or changing it: its weights, dtype,
     device, hooks, buffers and training mode stay as they are, as do all random states. What runs is a copy in fp32
-    without hooks, with random numbers added to all weights, on some dozen tokens, about 15 times. Found out are
+    without hooks, with random numbers added to all weights, on some dozen tokens, about 15 times, in evaluation and in
+    training mode. Found out are
 
     - whether the loss is the mean cross entropy of the logits, computed by ``self.loss_function``, which a patch step
       replaces, plus losses that do not depend on the labels;
@@ -50,10 +51,13 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
 
     The copy has all weights if these are at most 2**24 parameters. Of a larger model, and of one on the meta device,
     sharded (FSDP2, tensor parallelism, ZeRO-3) or quantised, a tiny model of the same class and configuration takes
-    its place, with the same adapters of PEFT, if it consists of the same modules; if not, a copy of the first layers,
-    with all kinds of layers, of at most 2**29 parameters. A tiny model takes less than a second, and so does a large
-    one for which a tiny one stands; a copy of 2**24 parameters takes some seconds on one core, and a copy of 2**29
-    minutes and 10 GiB.
+    its place, with the same adapters of PEFT, if it consists of the same modules, and these have the same flags and
+    functions as attributes; if not, a copy of the first layers, with all kinds of layers, of at most 2**29 parameters.
+    A tiny model takes less than a second, and so does a large one for which a tiny one stands; a copy of 2**24
+    parameters takes some seconds on one core, and a copy of 2**29 minutes and 10 GiB.
+
+    A patch step raises an error if the model does something in it that it did not do when it was examined: if it
+    changes its labels or its logits, calls its loss function twice, or uses logits that were never computed.
 
     Args:
         model: a causal language model of transformers, or PEFT's wrapper of one.
@@ -69,7 +73,7 @@ def enable(model: Model, patch_size: int = 1, *, reduction: str = "mean", label_
             encoder-decoder.
         ValueError: K < 1, an unknown reduction, or a model in which no patch step is exact, with the reason, or whether
             one is exact cannot be found out, because the model is large or sharded and made of other modules than its
-            configuration says.
+            configuration says; a prompt of PEFT, or an embedding or head of another enabled model.
         ImportError: transformers older than 5.0.
     """
     import transformers
