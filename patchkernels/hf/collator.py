@@ -71,14 +71,11 @@ class PatchCollator:
         if not missing:
             return batch
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
-        filled = {
+        filled = {  # positions of 0 are those of padding
             name: F.pad(value, (0, missing), value=fill.get(name, 0))
             for name, value in batch.items()
             if isinstance(value, Tensor) and value.shape[1:] == (length,)
         }
-        if is_packed(batch):  # the padding belongs to the last document
-            continued = batch["position_ids"][:, -1:] + torch.arange(1, missing + 1)
-            filled["position_ids"] = torch.cat([batch["position_ids"], continued], dim=1)
         return {**batch, **filled}
 
     def pad_right(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -136,10 +133,12 @@ def is_packed(batch: dict[str, Any]) -> bool:
 
 
 def documents_begin_inside_patches(batch: dict[str, Any], patch_size: int) -> bool:
+    """Whether a document of several tokens does; one of a single token has no targets, and may be padding."""
     if not is_packed(batch):
         return False
-    positions = batch["position_ids"].unflatten(1, (-1, patch_size)) // patch_size
-    return bool((positions != positions[..., :1]).any())
+    positions = batch["position_ids"].unflatten(1, (-1, patch_size))
+    counts = positions == positions[..., :1] + torch.arange(patch_size)
+    return bool((~counts & (positions != 0)).any() or (positions[..., 0] % patch_size != 0).any())
 
 
 def fill_documents(row: dict[str, Any], patch_size: int, pad_token_id: int) -> dict[str, Any]:

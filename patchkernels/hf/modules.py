@@ -23,7 +23,9 @@ from patchkernels.hf.class_swap import SwappedClass
 from patchkernels.ops.linear_patch_cross_entropy import linear_patch_cross_entropy
 from patchkernels.ops.patch_embedding import patch_embedding
 
-KNOWN_OPTIONS = {"logits", "labels", "vocab_size", "num_items_in_batch", "shift_labels"}  # of a loss function
+# What a loss function is given that is no option of the loss: its arguments, and those of the model's forward.
+KNOWN_OPTIONS = {"logits", "labels", "vocab_size", "num_items_in_batch", "shift_labels", "return_dict", "use_cache",
+                 "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # fmt: skip
 STAND_IN = 1.0  # what a model is given in place of logits that are never computed
 
 
@@ -45,7 +47,8 @@ class LossOptions(NamedTuple):
     takes_any: bool = False
 
     def takes(self, name: str) -> bool:
-        return name in self.names or (self.takes_any and name not in KNOWN_OPTIONS)
+        of_forward = name in KNOWN_OPTIONS or name.startswith("output_")
+        return name in self.names or (self.takes_any and not of_forward)
 
 
 def options_of(loss_function: Callable[..., Tensor]) -> LossOptions:

@@ -155,8 +155,11 @@ def convert_mask_and_positions(kwargs: dict[str, Any], ids: Tensor, target: Tens
         target = reject_rows(target, padded_left, message)
     if kwargs.get("position_ids") is not None:
         positions, is_off = patch_positions(kwargs["position_ids"], ids, patch_size)
-        # The positions of padding may be any, but then nothing is predicted there. No target shows the first patch.
-        predicted = F.pad(target[:, :-1] != IGNORE_INDEX, (0, 0, 1, 0), value=True)
+        # The positions of padding may be any, but then nothing is predicted there. No target shows whether the first
+        # patch is padding in part; if it is, it predicts nothing.
+        predicted = target != IGNORE_INDEX
+        predicts = predicted[:, :1].any(-1, keepdim=True).expand(-1, -1, patch_size)
+        predicted = torch.cat([predicts, predicted[:, :-1]], 1)
         message = f"documents of position_ids must count from 0 and begin on patch boundaries of {patch_size} tokens"
         target = reject_rows(target, (is_off & predicted).any().view(1), message)
         kwargs["position_ids"] = positions

@@ -171,7 +171,8 @@ def patch_loss(
         raise PatchSizeError("the model calls its loss function twice; a patch step has one loss")
     step.has_called_loss = True
     for name, value in others.items():
-        if settings.loss_options.takes(name) and value is not None and (name, value) != ("ignore_index", IGNORE_INDEX):
+        is_default = value is None or value is False or (name, value) == ("ignore_index", IGNORE_INDEX)
+        if settings.loss_options.takes(name) and not is_default:
             raise PatchSizeError(f"the loss of a patch step takes no {name}; {WAY_OUT}")
     loss: Any = step.loss
     if step.fused and loss is None:

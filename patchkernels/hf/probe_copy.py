@@ -297,4 +297,6 @@ def prepared(model: Any) -> Any:
         # transformers captures some outputs, such as those of routers, by hooks, which the copy has not. It installs
         # them in a model without this mark.
         vars(module).pop("_output_capturing_hooks_installed", None)
+        if getattr(module, "gradient_checkpointing", False):  # reentrant checkpoints give no gradients when asked
+            module.gradient_checkpointing = False
     return model.float().eval().requires_grad_(True)

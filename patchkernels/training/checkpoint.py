@@ -70,10 +70,10 @@ def save_distributed(
     temporary = _begin(root, step) if is_first else _temporary_folder(root, step)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizers)
-    values = {"model": weights, "optimizer": moments, "buffers": _other_buffers(model)}
+    buffers = _own_buffers(model)
+    values = {"model": {name: value for name, value in weights.items() if name not in buffers}, "optimizer": moments}
     state_dict_saver.save(values, checkpoint_id=temporary / DISTRIBUTED)
-    # DCP keeps one copy of a buffer, but each process may have its own, such as running means of its rows.
-    own = {f"{BUFFER}{name}": b for name, b in model.named_buffers() if not isinstance(b, DTensor)}
+    own = {f"{BUFFER}{name}": buffer for name, buffer in buffers.items()}
     save_file(_generator_states() | _separate(own), temporary / _process_file(dist.get_rank()))
     dist.barrier()
     if is_first:
@@ -132,14 +132,15 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: list[Optimizer])
         ValueError: a file is damaged, or the parameters are those of another model.
     """
     file = _process_file(dist.get_rank() if dist.is_initialized() else 0)
-    own = _read_tensors(folder, file) if (folder / file).exists() else {}
+    is_there = (folder / file).exists()
+    own = _read_tensors(folder, file if is_there else _process_file(0))
     if (folder / DISTRIBUTED).is_dir():
         _load_distributed(folder, model, optimizers)
     else:
         _load_files(folder, model, optimizers)
     _load_buffers(model, {name.removeprefix(BUFFER): value for name, value in own.items() if name.startswith(BUFFER)})
     for device, state in own.items():
-        if device.startswith(BUFFER):
+        if device.startswith(BUFFER) or not is_there:
             continue
         if device == CPU:
             torch.set_rng_state(state)
@@ -166,8 +167,9 @@ def _load_distributed(folder: Path, model: nn.Module, optimizers: list[Optimizer
             for name, entry in moments["state"].items()
             if any(key.startswith(f"optimizer.state.{name}.") for key in keys)
         }
-        buffers = _other_buffers(model)
-        state: dict[str, Any] = {"model": weights, "optimizer": {**moments, "state": states}, "buffers": buffers}
+        own = _own_buffers(model)
+        kept = {name: value for name, value in weights.items() if name not in own}
+        state: dict[str, Any] = {"model": kept, "optimizer": {**moments, "state": states}}
         state_dict_loader.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         raise ValueError(f"the checkpoint {folder} is damaged or of another model: {error}") from error
@@ -301,14 +303,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not persistent, so that the model's ``state_dict`` does not hold them."""
-    found = {}
-    for module_name, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers[name]) is not None:
-                found[f"{module_name}.{name}"] = buffer
-    return found
+def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of which each process has its own, such as running means of its rows: those that are not sharded."""
+    return {name: buffer for name, buffer in model.named_buffers() if not isinstance(buffer, DTensor)}
 
 
 def _extra_states(model: nn.Module) -> dict[str, Any]:

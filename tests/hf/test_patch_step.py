@@ -150,8 +150,12 @@ def test_right_padding_and_packed_documents():
     torch.testing.assert_close(together, torch.stack(apart).mean())
     # all tokens of a patch of padding may have the same position
     labels = ids.masked_fill(torch.arange(16) >= 8, -100)
-    padded = torch.cat([torch.arange(8), torch.zeros(8, dtype=torch.long)])[None]
-    torch.testing.assert_close(model(input_ids=ids, labels=labels, position_ids=padded).loss, apart[0])
+    for position in (0, 1, 7):
+        padded = torch.cat([torch.arange(8), torch.full((8,), position)])[None]
+        torch.testing.assert_close(model(input_ids=ids, labels=labels, position_ids=padded).loss, apart[0])
+        few = torch.cat([torch.arange(1), torch.full((15,), position)])[None]  # a row of a single token
+        labels_of_few = ids.masked_fill(torch.arange(16) > 0, -100)
+        assert model(input_ids=ids, labels=labels_of_few, position_ids=few).loss == 0
 
 
 def test_batches_that_cannot_be_cut_into_patches():
@@ -324,7 +328,8 @@ def test_options_of_a_loss_function_of_the_users():
     model.loss_function = weighted
     hf.enable(model, 4)
     ids = torch.randint(3, 64, (2, 16))
-    model(input_ids=ids, labels=ids)
+    of_forward = {"output_hidden_states": True, "return_dict": True, "cu_seq_lens_q": torch.tensor([0, 4, 8])}
+    model(input_ids=ids, labels=ids, **of_forward, some_flag=False)
     with pytest.raises(hf.PatchSizeError, match="the loss of a patch step takes no class_weight"):
         model(input_ids=ids, labels=ids, class_weight=torch.ones(64))
     with pytest.raises(ValueError, match="the loss of an enabled model cannot be changed"):

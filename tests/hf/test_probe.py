@@ -527,6 +527,8 @@ def test_adapters_of_a_large_model(monkeypatch):
         config = peft.LoraConfig(r=2, target_modules=modules_to_adapt, task_type="CAUSAL_LM")
         model = hf.enable(peft.get_peft_model(fresh("Llama"), config), 4)
         assert made[-1].is_small and hf.is_fused(model) == fused
+        saved = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+        assert not hf.is_fused(hf.enable(peft.get_peft_model(fresh("Llama"), saved), 4)) and made.pop().is_small
         adapted = [[name for name, _ in m.named_parameters() if "lora" in name] for m in (made[-1].model, model)]
         assert len(adapted[0]) == len(adapted[1]) > 0
 
@@ -673,3 +675,23 @@ def test_hooks_of_the_user_on_the_head_and_the_embedding():
     check_loss_of_means(model)
     hook.remove()
     check_loss_of_means(model)
+
+
+def test_a_large_model_whose_tables_have_several_names(monkeypatch):
+    monkeypatch.setattr(probe_copy, "LARGEST_COPY", 1000)
+    config = transformers.CamembertConfig(**BERT | {"num_hidden_layers": 6, "pad_token_id": 1}, is_decoder=True)
+    made = copies_made(monkeypatch)
+    assert hf.is_fused(hf.enable(transformers.CamembertForCausalLM(config), 4)) and made[-1].is_small
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_model_with_checkpoints_of_activations(reentrant):
+    model, expected = fresh("Llama").train(), fresh("Llama").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    hf.enable(model, 4)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    ids = torch.randint(3, 64, (2, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    hf.enable(expected, 4)(input_ids=ids, labels=ids).loss.backward()
+    for found, wanted in zip(model.parameters(), expected.parameters()):
+        torch.testing.assert_close(found.grad, wanted.grad)

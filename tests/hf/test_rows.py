@@ -60,7 +60,7 @@ def test_what_a_collator_says_of_documents_is_counted_in_patches():
     assert batch["seq_idx"].tolist() == [[0, 0, 1, 2]]
     assert batch["shift_labels"].tolist() == [[[4, 5, -100, -100]] + [[-100] * 4] * 3]
     one = PatchCollator(collate)([{"input_ids": list(range(6)), "patch_size": 4}])
-    assert one["position_ids"].tolist() == [list(range(8))]
+    assert one["position_ids"].tolist() == [[*range(6), 0, 0]]
     assert one["cu_seq_lens_q"].tolist() == [0, 2]
 
 

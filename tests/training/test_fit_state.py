@@ -186,14 +186,29 @@ def test_rates_and_modes_are_restored_after_an_error(tmp_path):
     assert optimizers[0].param_groups[0]["lr"] == 1e-2 and not model.training
 
 
+class Growing(Model):
+    """With a buffer that grows, and one that is expanded and not in the state_dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("ones", torch.ones(1).expand(WIDTH), persistent=False)
+
+    def forward(self, input_ids, labels, patch_size):
+        if self.training:
+            self.seen = torch.cat([self.seen, input_ids.float().mean()[None]])
+        return super().forward(input_ids, labels, patch_size) * self.ones.mean()
+
+
 def fit_with_buffers_on_processes(out: Any) -> list[Any]:
-    """The weights, and the running mean of this process, of a run and of one that is resumed."""
+    """The weights, and the buffers of this process, of a run and of one that is resumed."""
 
     def values(folder: str, resume: bool = False) -> list[Any]:
-        model = new_model()
+        model = new_model(Growing)
         fully_shard(model)
         train(out / folder, model, resume=resume)
-        return [full_tensor(parameter).tolist() for parameter in model.parameters()] + [model.average.tolist()]
+        weights = [full_tensor(parameter).tolist() for parameter in model.parameters()]
+        return [*weights, model.seen.tolist(), model.average.tolist()]
 
     found = [values("straight")]
     with pytest.MonkeyPatch.context() as patch:
