@@ -100,6 +100,10 @@ def test_command_line():
     [
         ("train", "--model", "9b", 1, "preset must be one of"),
         ("plan", "--model", "9b", 1, "preset must be one of"),
+        ("train", "--model", "demo:layers=3", 1, "a model looks like 'demo:hidden_size=64'"),
+        ("train", "--model", "demo:vocab_size=512", 1, "vocab_size is set by --data.vocab-size"),
+        ("experiment", "--model", "demo:vocab_size=512", 1, "vocab_size is set by --data.vocab-size"),
+        ("plan", "--model", "none.json", 1, "there is no file none.json"),
         ("experiment", "--model", "9b", 1, "preset must be one of"),
         ("train", "--lr", "-1", 1, "expected a finite lr > 0"),
         ("train", "--convention", "steps", 1, "convention must be one of"),

@@ -127,7 +127,7 @@ class ExperimentConfig:
     """B's patch sizes and shares of the data."""
     data: DataConfig = field(default_factory=DataConfig)
     model: str | None = None
-    """A preset of `patchkernels train`."""
+    """A preset, a preset with changes, or a JSON file, as in `patchkernels train`."""
     tokens: float | None = None
     """Raw tokens of arm A, rounded down to what all arms can read in whole steps. No token is read twice."""
     batch_size: int | None = None

@@ -70,11 +70,25 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[PatchLMConfig, dict[
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json")
+    return read_config(folder / "config.json"), _read_weights(folder)
+
+
+def read_config(file: Path) -> PatchLMConfig:
+    """The settings of a model in a JSON file. They are those of a LLaMA unless ``model_type`` says otherwise.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another architecture, a feature that PatchLM does not have, or no JSON object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        settings = json.loads(file.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"expected an object, got {type(settings).__name__}")
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    return _from_hugging_face(settings, folder), _read_weights(folder)
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    return _from_hugging_face({"model_type": "llama", **settings}, file)
 
 
 def _to_hugging_face(config: PatchLMConfig, head: Tensor, token_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -97,19 +111,19 @@ def _to_hugging_face(config: PatchLMConfig, head: Tensor, token_ids: Mapping[str
     }
 
 
-def _from_hugging_face(settings: dict[str, Any], folder: Path) -> PatchLMConfig:
+def _from_hugging_face(settings: dict[str, Any], file: Path) -> PatchLMConfig:
     model_type = settings.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"{folder}: model_type must be one of {sorted(ARCHITECTURES)}, got {model_type!r}")
+        raise ValueError(f"{file}: model_type must be one of {sorted(ARCHITECTURES)}, got {model_type!r}")
     for field, values in UNSUPPORTED_FIELDS.items():
         if settings.get(field) not in values:
-            raise ValueError(f"{folder}: {field}={settings[field]!r} is not supported by PatchLM")
+            raise ValueError(f"{file}: {field}={settings[field]!r} is not supported by PatchLM")
     rope = settings.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{folder}: rope_type={rope['rope_type']!r} is not supported by PatchLM")
+        raise ValueError(f"{file}: rope_type={rope['rope_type']!r} is not supported by PatchLM")
     missing = [field for field in REQUIRED_FIELDS if field not in settings]
     if missing:
-        raise ValueError(f"{folder}/config.json lacks {missing}")
+        raise ValueError(f"{file} lacks {missing}")
     return PatchLMConfig(
         **{field: settings[field] for field in SHARED_FIELDS if field in settings},
         num_key_value_heads=settings.get("num_key_value_heads"),

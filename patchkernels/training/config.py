@@ -22,6 +22,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from patchkernels.data.corpus import DataConfig
 from patchkernels.model.config import PatchLMConfig
+from patchkernels.model.named import named_config
 from patchkernels.schedule import DEFAULT_PHASES, OPTIMIZER_AT_SWITCH, LearningRate, Phase, Schedule, parse_phases
 from patchkernels.training.processes import PARALLEL_MODES
 
@@ -65,17 +66,19 @@ class ModelConfig:
     """The model that is trained."""
 
     preset: Annotated[str, arg(name="model")] = "demo"
-    """The preset: demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b or 70b."""
+    """A preset (demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b or 70b), a preset with changes
+    (demo:hidden_size=64,num_hidden_layers=3), or a JSON file such as a config.json of a LLaMA. The size of the
+    vocabulary is that of the data, if there are data."""
     qk_norm: bool = False
     """Normalise queries and keys. The model is then saved as a Qwen3 instead of a LLaMA."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer, and compute the rest again in the backward pass: less memory, more time."""
 
     def architecture(self, **changes: Any) -> PatchLMConfig:
-        """The preset with these settings and with ``changes``, which come from the data and the schedule."""
-        return PatchLMConfig.preset(
-            self.preset, qk_norm=self.qk_norm, activation_checkpointing=self.activation_checkpointing, **changes
-        )
+        """The model with these settings and with ``changes``, which come from the data and the schedule."""
+        if self.qk_norm:
+            changes["qk_norm"] = True
+        return named_config(self.preset, activation_checkpointing=self.activation_checkpointing, **changes)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,11 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ``ValueError`` for a preset, a learning rate or a schedule that is invalid whatever the corpus is."""
-        PatchLMConfig.preset(self.model.preset)
+        if "vocab_size" in self.model.preset:
+            raise ValueError(
+                f"vocab_size is set by --data.vocab-size, not in the model's name; got {self.model.preset!r}"
+            )
+        self.model.architecture()
         self.optimizer.learning_rate()
         self.schedule.schedule(ENDLESS)
 
@@ -295,6 +302,7 @@ class TrainConfig:
             "data": {"path", "tokenizer", "cache_dir"},
         }
         values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["model"]["preset"] = dataclasses.asdict(named_config(self.model.preset))  # a file may have changed
         return {
             group: {name: value for name, value in settings.items() if name not in free.get(group, set())}
             for group, settings in values.items()
