@@ -149,6 +149,9 @@ class ExperimentConfig:
     """Number of seeds. Each seed gives all arms other initial weights and another order of the text."""
     minutes: float | None = None
     """Save and stop after this many minutes, with exit code 75. The same command then continues the experiment."""
+    jobs: int | None = None
+    """Runs that are made at the same time, each in a process; they share the threads. None: one run for each thread on
+    a CPU, one on a GPU. What each of several runs prints is in its output.txt."""
     compile: bool | None = None
     """Compile the model with torch.compile, once for each phase."""
     device: str = "auto"
@@ -160,7 +163,7 @@ class ExperimentConfig:
         unknown = [name for name in self.arms if name not in ARM_NAMES]
         if unknown or not {"A", "B", "C"} <= set(self.arms):
             raise ValueError(f"arms must be A, B, C and others of {ARM_NAMES}, got {self.arms}")
-        for name in ("tokens", "batch_size", "context", "lr", "seeds", "minutes"):
+        for name in ("tokens", "batch_size", "context", "lr", "seeds", "minutes", "jobs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -13,12 +13,14 @@ read the same pieces of the text.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 import time
 from fractions import Fraction
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from patchkernels.data.batches import validation_rows
@@ -34,6 +36,7 @@ from patchkernels.experiment.record import (
     write_results,
 )
 from patchkernels.experiment.report import write_report
+from patchkernels.experiment.side_by_side import Call, call_side_by_side
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.config import TrainConfig
 from patchkernels.training.console import prepare_aloud
@@ -43,6 +46,7 @@ from patchkernels.training.run import NonFiniteError
 from patchkernels.training.stop import OUT_OF_TIME, Stopped
 from patchkernels.training.train import train
 
+RESULT_FILE, RESULT_KEYS = "result.json", {"arm", "seed", "lr"}
 MOST_RATES = 5
 """Tuning runs A at no more learning rates than this."""
 LARGEST_DENOMINATOR = 24
@@ -87,6 +91,7 @@ class Laboratory:
     def __init__(self, config: ExperimentConfig, corpus: Corpus, deadline: float, console: Console) -> None:
         self.config, self.corpus, self.console = config, corpus, console
         self.deadline = deadline  # of time.monotonic()
+        self.jobs = config.jobs or (1 if choose_device(config.device).type == "cuda" else torch.get_num_threads())
         self.budget, self.arms, self.out = config.effective_budget, config.known_arms, Path(config.out)
         self.results: dict[Path, Result] = {}  # by the run's folder
         self.lr: float | None = None  # the rate at which all arms are compared; run_all chooses it
@@ -94,25 +99,23 @@ class Laboratory:
         sizes = [phase.patch_size for arm in self.arms.values() for phase in arm.schedule.parsed_phases]
         self.piece_tokens = base.schedule.context * math.lcm(*sizes)  # whole rows of every phase of every arm
         self.tokens = self._tokens_of_a()
-        self.record = experiment_record(config, corpus, self.tokens, self.piece_tokens)
+        self.record = experiment_record(config, corpus, self.tokens, self.piece_tokens, self.jobs)
         # Settings that cannot run raise here, before the folder is made and before any run.
         for name in config.arms:
             self.train_config(name, 0, base.optimizer.lr, self.out / "runs", self.budget.minutes).schedule.schedule()
         validation_rows(corpus.validation, base.schedule.context, base.log.eval_rows)
         claim_folder(self.out, self.record)
-        for file in (self.out / "runs").glob("*/result.json"):
-            self.results[file.parent] = read_json(file, {"arm", "seed", "lr"})
+        for file in (self.out / "runs").glob(f"*/{RESULT_FILE}"):
+            self.results[file.parent] = read_json(file, RESULT_KEYS)
+            shutil.rmtree(file.parent / "checkpoints", ignore_errors=True)
 
     def run_all(self) -> None:
         """Tunes the learning rate on A, runs all arms seed after seed, then B and C at half and twice the rate."""
         self.lr = lr = self.tune() if self.config.tune else self.budget.base.optimizer.lr
-        for seed in range(self.budget.seeds):
-            for name in self.config.arms:
-                self.run(name, seed, lr)
+        wanted = [(name, seed, lr) for seed in range(self.budget.seeds) for name in self.config.arms]
         if self.config.tune:
-            for name in ("B", "C"):
-                for neighbour in (lr / 2, 2 * lr):
-                    self.run(name, 0, neighbour)
+            wanted += [(name, 0, neighbour) for name in ("B", "C") for neighbour in (lr / 2, 2 * lr)]
+        self.make(wanted)
 
     def tune(self) -> float:
         """The learning rate at which A's final loss is lowest, tried until it lies between two others.
@@ -123,7 +126,9 @@ class Laboratory:
             NonFiniteError: A diverged at every rate.
         """
         lr = self.budget.base.optimizer.lr
-        losses = {rate: self.final_loss("A", 0, rate) for rate in (lr, lr / 2, 2 * lr)}
+        rates = (lr, lr / 2, 2 * lr)
+        self.make([("A", 0, rate) for rate in rates])
+        losses = {rate: self.final_loss("A", 0, rate) for rate in rates}
         while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)) and len(losses) < MOST_RATES:
             beyond = best / 2 if best == min(losses) else best * 2
             losses[beyond] = self.final_loss("A", 0, beyond)
@@ -137,23 +142,44 @@ class Laboratory:
 
     def run(self, name: str, seed: int, lr: float) -> Result:
         """The result of a run of the arm ``name``. The run is made unless its result is known."""
-        folder = self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
-        if folder not in self.results:
-            minutes_left = (self.deadline - time.monotonic()) / 60
-            if minutes_left <= 0:
-                raise Stopped(OUT_OF_TIME)
-            config = self.train_config(name, seed, lr, folder, minutes_left)
-            self.console.rule(folder.name)
-            try:
-                train(config)
-                result = run_result(name, config.schedule.phases, seed, lr, read_log(folder / "log.jsonl"))
-                check_start(result, list(self.results.values()), folder)
-            except NonFiniteError as error:
-                result = {"arm": name, "seed": seed, "lr": lr, "diverged": str(error)}
-            write_json(folder / "result.json", result)
-            self.results[folder] = result
+        self.make([(name, seed, lr)])
+        return self.results[self.folder(name, seed, lr)]
+
+    def make(self, wanted: list[tuple[str, int, float]]) -> None:
+        """Makes the runs, each an arm, a seed and a rate, whose results are not known yet."""
+        missing = [run for run in dict.fromkeys(wanted) if self.folder(*run) not in self.results]
+        if self.jobs > 1:
+            calls = [Call(self.folder(*run), make_run, functools.partial(self.arguments, *run)) for run in missing]
+            call_side_by_side(calls, self.jobs, max(torch.get_num_threads() // self.jobs, 1), self.take_result)
+            return
+        for run in missing:
+            self.console.rule(self.folder(*run).name)
+            make_run(*self.arguments(*run))
+            self.take_result(self.folder(*run))
+
+    def folder(self, name: str, seed: int, lr: float) -> Path:
+        return self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
+
+    def arguments(self, name: str, seed: int, lr: float) -> tuple[TrainConfig, str]:
+        """The arguments of :func:`make_run` for a run that begins now. ``Stopped`` if the time is over."""
+        minutes_left = (self.deadline - time.monotonic()) / 60
+        if minutes_left <= 0:
+            raise Stopped(OUT_OF_TIME)
+        return self.train_config(name, seed, lr, self.folder(name, seed, lr), minutes_left), name
+
+    def take_result(self, folder: Path) -> None:
+        """Reads the result of a finished run, and removes its checkpoints."""
+        result = read_json(folder / RESULT_FILE, RESULT_KEYS)
+        try:
+            check_start(result, list(self.results.values()), folder)
+        except RuntimeError:
+            (folder / RESULT_FILE).unlink()
+            raise
+        self.results[folder] = result
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return self.results[folder]
+        if self.jobs > 1:
+            loss = f"{result[TOKEN_LOSS]:.4f}" if TOKEN_LOSS in result else "diverged"
+            self.console.print(f"{folder.name}: {loss}", highlight=False)
 
     def train_config(self, name: str, seed: int, lr: float, folder: Path, minutes: float) -> TrainConfig:
         """The settings of a run: those of the budget, with the changes of the arm ``name``, the seed and the rate.
@@ -203,12 +229,25 @@ class Laboratory:
         return tokens
 
 
+def make_run(config: TrainConfig, arm: str) -> None:
+    """Makes a run and writes its ``result.json``, which also says if the run diverged."""
+    folder, seed, lr = Path(config.run.out), config.run.seed, config.optimizer.lr
+    try:
+        train(config)
+        result = run_result(arm, config.schedule.phases, seed, lr, read_log(folder / "log.jsonl"))
+    except NonFiniteError as error:
+        result = {"arm": arm, "seed": seed, "lr": lr, "diverged": str(error)}
+    write_json(folder / RESULT_FILE, result)
+
+
 def check_start(result: Result, others: list[Result], folder: Path) -> None:
     """Checks that a run's token-level loss before its first step is that of all other runs of its seed.
 
     Raises:
         RuntimeError: the losses differ, so that the arms cannot be compared.
     """
+    if "diverged" in result:
+        return
     start = result["curve"][0][TOKEN_LOSS]
     for other in others:
         if other["seed"] == result["seed"] and "diverged" not in other:

@@ -29,7 +29,9 @@ FINAL_VALUES = ("raw_tokens", "flops", "seconds", "compile_seconds", TOKEN_LOSS,
 EVALUATION_VALUES = ("step", "phase", "patch_size", *FINAL_VALUES, SLOT_LOSSES)
 
 
-def experiment_record(config: ExperimentConfig, corpus: Corpus, tokens: int, piece_tokens: int) -> dict[str, Any]:
+def experiment_record(
+    config: ExperimentConfig, corpus: Corpus, tokens: int, piece_tokens: int, jobs: int
+) -> dict[str, Any]:
     """The content of ``experiment.json``. A reads ``tokens`` raw tokens, cut into pieces of ``piece_tokens``."""
     budget = config.effective_budget
     base = budget.base
@@ -40,6 +42,7 @@ def experiment_record(config: ExperimentConfig, corpus: Corpus, tokens: int, pie
         "parameters": count_parameters(base.model.architecture(vocab_size=corpus.vocab_size)),
         "accumulation": base.run.accumulation,
         "tune": config.tune,
+        "jobs": jobs,
         "warmup": base.optimizer.warmup,
         "decay": base.optimizer.decay,
         "budget": {
@@ -79,8 +82,8 @@ def count_parameters(architecture: PatchLMConfig) -> int:
 def claim_folder(out: Path, record: dict[str, Any]) -> None:
     """Writes ``experiment.json`` into ``out``, unless that is the folder of another experiment.
 
-    It is still the same experiment with more arms, more seeds, other ``minutes``, another commit, or the same text
-    under another name. ``record["commit"]`` then lists all commits that runs in the folder were made with.
+    It is still the same experiment with more arms, more seeds, other ``minutes`` or ``jobs``, another commit, or the
+    same text under another name. ``record["commit"]`` then lists all commits that the folder's runs were made with.
 
     Raises:
         ValueError: the folder's experiment has other settings, or its ``experiment.json`` is damaged.
@@ -93,7 +96,7 @@ def claim_folder(out: Path, record: dict[str, Any]) -> None:
         for settings in (old, new):
             for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
                 settings[part].pop(key, None)
-        differing = [key for key in new if key not in ("commit", "date") and new[key] != old.get(key)]
+        differing = [key for key in new if key not in ("commit", "date", "jobs") and new[key] != old.get(key)]
         if differing:
             changes = "; ".join(f"{key}: {old.get(key)} there, {new[key]} here" for key in differing)
             raise ValueError(f"{out} holds another experiment ({changes}); choose another --out")

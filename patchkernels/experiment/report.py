@@ -233,6 +233,7 @@ def _model_and_optimizer(record: dict[str, Any]) -> str:
         f"the last {record['decay']:.0%} of a run's steps (WSD); "
         f"{'bf16 autocast' if budget['bf16'] else 'fp32'}{', compiled' if budget['compile'] else ''}. "
         "Seconds are those of training steps; compiling, evaluation and saving are left out."
+        f"{f' {jobs} runs were made at the same time.' if (jobs := record.get('jobs', 1)) > 1 else ''}"
     )
 
 

@@ -186,6 +186,7 @@ def test_tuning_goes_on_until_the_best_rate_is_between_two_others(monkeypatch):
             BUDGETS["cpu"], base=dataclasses.replace(BUDGETS["cpu"].base, optimizer=OptimizerConfig(lr=1e-3))
         )
         asked.clear()
+        monkeypatch.setattr(Laboratory, "make", lambda self, wanted: None)
         monkeypatch.setattr(
             Laboratory, "final_loss", lambda self, name, seed, lr: (asked.append(lr), abs(math.log(lr / best)))[1]
         )

@@ -30,8 +30,8 @@ def evaluated_often(budget: Budget) -> Budget:
 def small_experiment(text: Path, out: Path, **changes: Any) -> ExperimentConfig:
     """Runs of at most 48 steps with the preset "tiny" on a text of random words."""
     return ExperimentConfig(
-        out=str(out), data=data_of(text), model="tiny", tokens=1536, batch_size=2, context=16, seeds=2, device="cpu",
-        **changes,
+        out=str(out), data=data_of(text), tokens=1536, batch_size=2, context=16, seeds=2, device="cpu",
+        **{"model": "tiny", "jobs": 1, **changes},
     )  # fmt: skip
 
 
