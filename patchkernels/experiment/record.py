@@ -82,8 +82,9 @@ def count_parameters(architecture: PatchLMConfig) -> int:
 def claim_folder(out: Path, record: dict[str, Any]) -> None:
     """Writes ``experiment.json`` into ``out``, unless that is the folder of another experiment.
 
-    It is still the same experiment with more arms, more seeds, other ``minutes`` or ``jobs``, another commit, or the
-    same text under another name. ``record["commit"]`` then lists all commits that the folder's runs were made with.
+    It is still the same experiment with more arms, seeds or learning rates, other ``minutes`` or ``jobs``, another
+    commit, or the same text under another name. ``record["commit"]`` then lists all commits that the folder's runs were
+    made with.
 
     Raises:
         ValueError: the folder's experiment has other settings, or its ``experiment.json`` is damaged.
@@ -94,9 +95,9 @@ def claim_folder(out: Path, record: dict[str, Any]) -> None:
         commits = [*(old["commit"] or "").split(", "), record["commit"] or ""]
         new = json.loads(json.dumps(record))  # as it would be read back from a file, with lists in place of tuples
         for settings in (old, new):
-            for part, key in (("budget", "seeds"), ("budget", "minutes"), ("corpus", "origin")):
+            for part, key in (("budget", "seeds"), ("budget", "lr"), ("budget", "minutes"), ("corpus", "origin")):
                 settings[part].pop(key, None)
-        differing = [key for key in new if key not in ("commit", "date", "jobs") and new[key] != old.get(key)]
+        differing = [key for key in new if key not in ("commit", "date", "jobs", "tune") and new[key] != old.get(key)]
         if differing:
             changes = "; ".join(f"{key}: {old.get(key)} there, {new[key]} here" for key in differing)
             raise ValueError(f"{out} holds another experiment ({changes}); choose another --out")
