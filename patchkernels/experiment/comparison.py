@@ -8,7 +8,8 @@ of it too, a share of it in patches. C reads token by token, as much as B's comp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 Result = dict[str, Any]  # a run, as its result.json holds it
 Groups = dict[str, list[Result]]  # the compared runs by arm, in the order of their seeds
@@ -17,6 +18,8 @@ TOKEN_LOSS = "validation_loss"
 """The key of the loss that arms are compared by. It is token-level in every phase, also in a patch phase."""
 SLOT_LOSSES = "validation_slot_losses"
 """The key of a patch phase's losses, one for each of the K slots. They are not token-level losses."""
+CONFIDENCE = 0.95
+"""Of the intervals that means over seeds are given with."""
 SAME_COST = 0.01
 """Two runs are at equal compute if the counted FLOPs of one differ from the other's by at most this share."""
 
@@ -31,6 +34,48 @@ def compared_runs(results: list[Result], lr: float | None) -> Groups:
         if result["lr"] == lr and "diverged" not in result:
             groups.setdefault(result["arm"], []).append(result)
     return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in groups.items()}
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, with the interval that holds the mean over all seeds with ``CONFIDENCE``, by Student's t."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float  # the probability of a mean this far from 0, if that over all seeds is 0
+
+
+def mean_of(values: Sequence[float]) -> Mean | None:
+    """The mean of at least two values, None for fewer."""
+    from scipy.stats import ttest_1samp  # here, because it takes a second to import
+
+    if len(values) < 2:
+        return None
+    test = ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return Mean(sum(values) / len(values), float(low), float(high), float(test.pvalue))
+
+
+def differences(runs: list[Result], others: list[Result]) -> list[float]:
+    """The losses of the runs minus those of the others, for each seed that both have."""
+    of_seed = {run["seed"]: float(run[TOKEN_LOSS]) for run in others}
+    return [float(run[TOKEN_LOSS]) - of_seed[run["seed"]] for run in runs if run["seed"] in of_seed]
+
+
+def best_rates(results: list[Result]) -> dict[str, float]:
+    """For every arm the rate at which its run of the first seed ended with the lowest loss."""
+    first = min((result["seed"] for result in results), default=0)
+    best: dict[str, Result] = {}
+    for run in results:
+        if run["seed"] == first and "diverged" not in run:
+            arm = run["arm"]
+            best[arm] = min(best.get(arm, run), run, key=lambda run: float(run[TOKEN_LOSS]))
+    return {arm: float(run["lr"]) for arm, run in best.items()}
+
+
+def runs_at_best_rates(results: list[Result]) -> Groups:
+    """The runs of every arm at its own best rate, in the order of their seeds."""
+    return {arm: compared_runs(results, lr).get(arm, []) for arm, lr in best_rates(results).items()}
 
 
 def same_compute(run: Result, other: Result) -> bool:

@@ -139,8 +139,8 @@ class ExperimentConfig:
     lr: float | None = None
     """The learning rate that tuning starts from. With --no-tune it is the rate of all runs."""
     tune: bool = True
-    """Tune the learning rate on A: try rates a factor of 2 apart, until the best one lies between two others. B and C
-    also run at half and at twice that rate."""
+    """Tune the learning rate on A, then on B and C: try rates a factor of 2 apart, until the best one lies between two
+    others. All arms are compared at A's best rate, and B and C also run at their own."""
     warmup: float = 0.05
     """Share of A's steps over which the learning rate rises. The other arms warm up over the same number of steps."""
     decay: float = 0.2

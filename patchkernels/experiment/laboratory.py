@@ -110,31 +110,40 @@ class Laboratory:
             shutil.rmtree(file.parent / "checkpoints", ignore_errors=True)
 
     def run_all(self) -> None:
-        """Tunes the learning rate on A, runs all arms seed after seed, then B and C at half and twice the rate."""
-        self.lr = lr = self.tune() if self.config.tune else self.budget.base.optimizer.lr
-        wanted = [(name, seed, lr) for seed in range(self.budget.seeds) for name in self.config.arms]
-        if self.config.tune:
-            wanted += [(name, 0, neighbour) for name in ("B", "C") for neighbour in (lr / 2, 2 * lr)]
-        self.make(wanted)
+        """Tunes the learning rate on A, then on B and C, and runs all arms at A's best rate, seed after seed.
 
-    def tune(self) -> float:
-        """The learning rate at which A's final loss is lowest, tried until it lies between two others.
+        Of B and C, whose best rates may be others, all seeds are also run at these.
+        """
+        self.lr = lr = self.budget.base.optimizer.lr
+        rates: dict[str, float] = {}
+        if self.config.tune:
+            self.lr = lr = self.tune(("A",), lr)["A"]
+            rates = self.tune(("B", "C"), lr)
+        seeds = range(self.budget.seeds)
+        wanted = [(name, seed, lr) for seed in seeds for name in self.config.arms]
+        self.make(wanted + [(name, seed, rate) for seed in seeds for name, rate in rates.items()])
+
+    def tune(self, names: tuple[str, ...], lr: float) -> dict[str, float]:
+        """For each arm the learning rate at which its final loss is lowest, tried until it lies between two others.
 
         After ``MOST_RATES`` rates it is the best of them, even if that is the lowest or the highest rate.
 
         Raises:
-            NonFiniteError: A diverged at every rate.
+            NonFiniteError: an arm diverged at every rate.
         """
-        lr = self.budget.base.optimizer.lr
-        rates = (lr, lr / 2, 2 * lr)
-        self.make([("A", 0, rate) for rate in rates])
-        losses = {rate: self.final_loss("A", 0, rate) for rate in rates}
-        while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)) and len(losses) < MOST_RATES:
-            beyond = best / 2 if best == min(losses) else best * 2
-            losses[beyond] = self.final_loss("A", 0, beyond)
-        if losses[best] == math.inf:
-            raise NonFiniteError(f"A diverged at every learning rate that was tried: {sorted(losses)}")
-        return best
+        tried = {name: [lr, lr / 2, 2 * lr] for name in names}
+        while True:
+            self.make([(name, 0, rate) for name in names for rate in tried[name]])
+            losses = {name: {rate: self.final_loss(name, 0, rate) for rate in tried[name]} for name in names}
+            beyond = {name: rate for name in names if (rate := beyond_best(losses[name]))}
+            if not beyond:
+                break
+            for name, rate in beyond.items():
+                tried[name].append(rate)
+        for name, of_rates in losses.items():
+            if min(of_rates.values()) == math.inf:
+                raise NonFiniteError(f"{name} diverged at every learning rate that was tried: {sorted(of_rates)}")
+        return {name: min(of_rates, key=of_rates.__getitem__) for name, of_rates in losses.items()}
 
     def final_loss(self, name: str, seed: int, lr: float) -> float:
         """Token-level validation loss at the end of a run; infinite if it diverged."""
@@ -227,6 +236,14 @@ class Laboratory:
         if tokens < asked:
             self.console.print(f"A reads {tokens:,} tokens instead of {asked:,}: whole steps of text that is there")
         return tokens
+
+
+def beyond_best(losses: dict[float, float]) -> float | None:
+    """The rate to try next; None if the best one lies between two others, or enough were tried."""
+    best = min(losses, key=losses.__getitem__)
+    if len(losses) >= MOST_RATES or best not in (min(losses), max(losses)):
+        return None
+    return best / 2 if best == min(losses) else best * 2
 
 
 def make_run(config: TrainConfig, arm: str) -> None:

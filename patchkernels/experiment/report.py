@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from patchkernels.experiment.comparison import (
+    CONFIDENCE,
     TOKEN_LOSS,
     Groups,
     Result,
     compared_runs,
+    differences,
     evaluation_at_switch,
+    mean_of,
     recovered_share,
     rho,
+    runs_at_best_rates,
     same_compute,
 )
 from patchkernels.experiment.figures import draw_loss, draw_slots, has_slot_losses
@@ -136,18 +140,27 @@ def _rho_of(arm: str, groups: Groups) -> Iterator[str]:
 
 
 def _gaps_of_b(groups: Groups) -> str:
-    """A sentence on how far B ended from C and from A on average, and whether all seeds agree on the sign."""
-    ends = {arm: {run["seed"]: run[TOKEN_LOSS] for run in groups[arm]} for arm in ("A", "B", "C")}
+    """A sentence on how far B ended from C and from A on average, with an interval, and whether all seeds agree."""
     phrases = []
     for other, what in (("C", "at equal compute (C)"), ("A", "at equal data (A)")):
-        gaps = [ends["B"][seed] - ends[other][seed] for seed in ends["B"] if seed in ends[other]]
+        gaps = differences(groups["B"], groups[other])
         if not gaps:
             continue
         mean = sum(gaps) / len(gaps)
         same_sign = all((gap > 0) == (mean > 0) for gap in gaps)
         word = "worse" if mean > 0 else "better"
-        phrases.append(f"{abs(mean):.3f} {word} {what}{'' if same_sign else ', but not in every seed'}")
+        phrases.append(
+            f"{abs(mean):.3f} {word} {what}{_interval(gaps)}{'' if same_sign else ', but not in every seed'}"
+        )
     return f"Patch training (B) ended {'; '.join(phrases)}." if phrases else ""
+
+
+def _interval(gaps: list[float]) -> str:
+    """The interval of a mean of differences of losses, and the p value of a paired t test. Empty for one seed."""
+    mean = mean_of(gaps)
+    if mean is None:
+        return ""
+    return f" (difference {mean.low:+.3f} to {mean.high:+.3f} with {CONFIDENCE:.0%} confidence, p = {mean.p_value:.2g})"
 
 
 def _losses_by_seed(groups: Groups) -> str:
@@ -224,7 +237,8 @@ def _model_and_optimizer(record: dict[str, Any]) -> str:
     budget, held_out_tokens = record["budget"], record["corpus"]["tokens"]["validation"]
     optimizer = OptimizerConfig()  # an experiment leaves these settings as they are
     return (
-        f"Model: {budget['model']}, {record['parameters']:,} parameters, the same code in all arms. "
+        f"Model: {budget['model']}, {record['parameters']:,} parameters, the same code in all arms; A reads "
+        f"{record['tokens'] / record['parameters']:.3g} tokens a parameter. "
         f"A step is {budget['batch_size']} rows of {budget['context']} positions in every phase: a patch step has the "
         "FLOPs of a token-level step and reads K times the raw tokens. Validation: "
         f"{min(budget['eval_rows'], held_out_tokens // budget['context'])} rows of {budget['context']} "
@@ -259,11 +273,22 @@ def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
             loss = "diverged" if "diverged" in run else f"{run[TOKEN_LOSS]:.4f}"
             rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
     yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
+    if edges:
+        yield f"The best rate of {' and '.join(edges)} is the lowest or highest that was tried."
     if len(rows) > 3 and {"A", "B", "C"} <= set(best):
+        yield "Each arm at the best of its own rates, tuned with the first seed:"
+        groups = runs_at_best_rates(results)
+        yield table(
+            ["arm", "learning rate", "seeds", f"mean loss at the end ({CONFIDENCE:.0%} interval)"],
+            [[arm, f"{runs[0]['lr']:.3g}", str(len(runs)), _mean_loss(runs)] for arm, runs in groups.items() if runs],
+        )
         a, b, c = (best[arm][TOKEN_LOSS] for arm in "ABC")
         share = recovered_share(a, b, c)
-        yield (
-            f"The rate was tuned on A. With each arm at the best of its own rates (seed {seed}) the losses are "
-            f"A {a:.4f}, B {b:.4f}, C {c:.4f}, and ρ = {'undefined' if share is None else f'{share:.3f}'}."
-            + (f" The best of {' and '.join(edges)} is the lowest or highest that was tried." if edges else "")
-        )
+        yield f"With the first seed ρ is {'undefined' if share is None else f'{share:.3f}'} there. {_gaps_of_b(groups)}"
+
+
+def _mean_loss(runs: list[Result]) -> str:
+    """The mean of the losses at the end, with its interval if there are several."""
+    losses = [float(run[TOKEN_LOSS]) for run in runs]
+    mean = mean_of(losses)
+    return f"{losses[0]:.4f}" if mean is None else f"{mean.value:.4f} ({mean.low:.4f} to {mean.high:.4f})"

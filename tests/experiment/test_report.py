@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from typing import Any
 
 import pytest
 from experiments import chosen_rate, laboratory_of
 
-from patchkernels.experiment.comparison import compared_runs, rho
+from patchkernels.experiment.comparison import best_rates, compared_runs, differences, mean_of, rho
 from patchkernels.experiment.config import ExperimentConfig
 from patchkernels.experiment.report import write_report
 
@@ -32,7 +34,8 @@ def test_report_and_figures(finished):
         rho(groups, "TST")
     assert "ρ of TST" not in report
     for words in (
-        "warmup over 2 steps (5% of A's) in every arm", "best of its own rates", "digest", "Recovery of B", "held out",
+        "warmup over 2 steps (5% of A's) in every arm", "the best of its own rates, tuned",
+        "tokens a parameter", "digest", "Recovery of B", "held out",
         "2 rows of 16 positions in every phase", "| A | 0.0015 ", "AdamW",
     ):  # fmt: skip
         assert words in report
@@ -56,6 +59,41 @@ def report_of(config: ExperimentConfig, results: list[dict[str, Any]]) -> str:
     return (laboratory.out / "report.md").read_text()
 
 
+def test_the_interval_and_the_p_value_of_a_difference(config):
+    """Against values that were computed by hand, with t = 4.3027 for 95 % and 2 degrees of freedom."""
+    losses = {"A": (4.9, 4.8, 4.85), "B": (5.0, 5.1, 5.05), "C": (5.2, 5.35, 5.15)}
+    results = [result_of(arm, seed, loss) for arm, of_arm in losses.items() for seed, loss in enumerate(of_arm)]
+    gaps = differences([run for run in results if run["arm"] == "B"], [run for run in results if run["arm"] == "C"])
+    assert gaps == pytest.approx([-0.2, -0.25, -0.1])
+    mean, error = -0.55 / 3, math.sqrt(statistics.variance(gaps) / 3)
+    t = abs(mean) / error
+    p_value = 1 - t / math.sqrt(t * t + 2)  # of Student's t with 2 degrees of freedom
+    found = mean_of(gaps)
+    assert found == pytest.approx((mean, mean - 4.3026527 * error, mean + 4.3026527 * error, p_value), rel=1e-5)
+    report = report_of(config, results)
+    assert "0.183 better at equal compute (C) (difference -0.373 to +0.006 with 95% confidence, p = 0.053)" in report
+    assert "0.200 worse at equal data (A) (difference " in report
+    assert mean_of([1.0]) is None
+
+
+def test_every_arm_at_its_own_best_rate(config):
+    """B is best at another rate than A and C, with the first seed."""
+    at = {("A", 1e-3): (4.8, 4.9), ("A", 2e-3): (5.0,), ("B", 1e-3): (5.1, 5.2), ("B", 2e-3): (4.9, 5.0),
+          ("C", 1e-3): (5.2, 5.4), ("C", 2e-3): (5.3,)}  # fmt: skip
+    results = [
+        {**result_of(arm, seed, loss), "lr": lr}
+        for (arm, lr), of_rate in at.items()
+        for seed, loss in enumerate(of_rate)
+    ]
+    assert best_rates(results) == {"A": 1e-3, "B": 2e-3, "C": 1e-3}
+    report = report_of(config, results)
+    own = report.split("Each arm at the best of its own rates")[1]
+    assert "| B | 0.002 | 2 | 4.9500 (" in own and "| C | 0.001 | 2 | 5.3000 (" in own
+    assert "0.350 better at equal compute (C) (difference " in own
+    assert "0.150 better at equal compute (C) (difference " in report.split("## Learning rate")[0]
+    assert "The best rate of A and B and C is the lowest or highest that was tried." in report
+
+
 def test_rho_is_undefined_where_more_compute_brought_nothing(config):
     losses = {("A", 0): 5.2, ("B", 0): 5.4, ("C", 0): 5.0, ("A", 1): 5.0, ("B", 1): 5.1, ("C", 1): 5.2}
     results = [result_of(arm, seed, loss) for (arm, seed), loss in losses.items()]
@@ -77,4 +115,5 @@ def test_best_rates_at_the_edge_are_reported(config):
     for arm, losses in (("A", (5.1, 5.0, 5.2)), ("B", (5.5, 5.3, 5.4)), ("C", (5.4, 5.3, 5.2))):
         results += [result_of(arm, 0, loss) | {"lr": lr} for lr, loss in zip((5e-4, 1e-3, 2e-3), losses)]
     report = report_of(config, results)
-    assert "and ρ = -0.500. The best of C is the lowest or highest that was tried." in report
+    assert "The best rate of C is the lowest or highest that was tried." in report
+    assert "With the first seed ρ is -0.500 there." in report
