@@ -24,7 +24,7 @@ from patchkernels.training.config import (
     TrainConfig,
 )
 
-Settings = TypeVar("Settings", DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig)
+Settings = TypeVar("Settings", DataConfig, LogConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ class ExperimentConfig:
     """Share of each arm's steps, at the end, over which the learning rate falls to 0."""
     seeds: int | None = None
     """Number of seeds. Each seed gives all arms other initial weights and another order of the text."""
+    eval_every: int | None = None
+    """Steps between measurements of the validation loss, the points of the report's curves."""
     minutes: float | None = None
     """Save and stop after this many minutes, with exit code 75. The same command then continues the experiment."""
     jobs: int | None = None
@@ -163,7 +165,7 @@ class ExperimentConfig:
         unknown = [name for name in self.arms if name not in ARM_NAMES]
         if unknown or not {"A", "B", "C"} <= set(self.arms):
             raise ValueError(f"arms must be A, B, C and others of {ARM_NAMES}, got {self.arms}")
-        for name in ("tokens", "batch_size", "context", "lr", "seeds", "minutes", "jobs"):
+        for name in ("tokens", "batch_size", "context", "lr", "seeds", "eval_every", "minutes", "jobs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
@@ -232,6 +234,7 @@ class ExperimentConfig:
                 model=_replaced(base.model, preset=self.model),
                 schedule=self.schedule,
                 optimizer=_replaced(base.optimizer, lr=self.lr, warmup=self.warmup, decay=self.decay),
+                log=_replaced(base.log, eval_every=self.eval_every),
             ),
             seeds=self.seeds or budget.seeds,
             minutes=self.minutes or budget.minutes,

@@ -20,7 +20,15 @@ def test_costs_of_the_arms():
 
 
 def test_what_was_asked_for_replaces_parts_of_the_budget():
-    asked = {"model": "42m", "tokens": 1e6, "batch_size": 4, "context": 64, "lr": 1e-4, "compile": True}
+    asked = {
+        "model": "42m",
+        "tokens": 1e6,
+        "batch_size": 4,
+        "context": 64,
+        "lr": 1e-4,
+        "compile": True,
+        "eval_every": 7,
+    }
     changed = ExperimentConfig(**asked, seeds=5, minutes=1.5, decay=0.3).effective_budget
     untouched = ExperimentConfig(decay=0.3).effective_budget
     assert (changed.seeds, changed.minutes) == (5, 1.5)
