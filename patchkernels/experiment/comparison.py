@@ -47,10 +47,10 @@ class Mean(NamedTuple):
 
 def mean_of(values: Sequence[float]) -> Mean | None:
     """The mean of at least two values, None for fewer."""
-    from scipy.stats import ttest_1samp  # here, because it takes a second to import
-
     if len(values) < 2:
         return None
+    from scipy.stats import ttest_1samp  # here, because it takes a second to import
+
     test = ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(CONFIDENCE)
     return Mean(sum(values) / len(values), float(low), float(high), float(test.pvalue))

@@ -48,7 +48,7 @@ from patchkernels.training.train import train
 
 RESULT_FILE, RESULT_KEYS = "result.json", {"arm", "seed", "lr"}
 MOST_RATES = 5
-"""Tuning runs A at no more learning rates than this."""
+"""Tuning runs an arm at no more learning rates than this."""
 LARGEST_DENOMINATOR = 24
 """A phase's share is read as a fraction with at most this denominator, so that 0.667 means 2/3."""
 

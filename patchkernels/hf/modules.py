@@ -76,7 +76,7 @@ class PatchStep:
 
     target: Tensor  # (B, P, K)
     fused: bool  # whether the head computes the loss in place of logits
-    labels: Tensor | None = None  # (B, P), what the model was given as labels, and must give to its loss function
+    labels: Tensor  # (B, P), what the model was given as labels, and must give to its loss function
     loss: Tensor | None = None  # computed by the head, until the model's loss function returns it
     has_called_loss: bool = False
     losses: Tensor | None = None  # (B, P, K), of every target, without gradient; 0 where ignored

@@ -198,7 +198,6 @@ def patch_loss(
 def checked(loss: Tensor, settings: PatchSettings, step: PatchStep, logits: Tensor, labels: Tensor) -> Tensor:
     """The loss, if the model gave its loss function the labels and, in a fused step, the logits that it should."""
     if labels is not step.labels:
-        assert step.labels is not None
         differ = labels.shape != step.labels.shape or (labels != step.labels).any()
         loss = reject(loss, differ, "the model changes the labels before it gives them to its loss function")
     if step.fused:

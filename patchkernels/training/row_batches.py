@@ -64,9 +64,8 @@ class CheckedRows:
             raise TypeError(f"rows must be a dataset or an iterable of rows of token ids, got {type(rows).__name__}")
         is_stream = isinstance(rows, IterableDataset)  # it has a __getitem__, which raises
         self.has_length = not is_stream and hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-        self.rows, self.context, self.epoch = rows, 0, 0
-        if hasattr(rows, "set_epoch"):
-            rows.set_epoch(0)
+        self.rows, self.context = rows, 0
+        self.set_epoch(0)
         self.random_state = generator_state(seed)
         self.begun: Iterator[Any] | None = None  # all rows, of which the first has been looked at
         with drawing_from(self.random_state):
@@ -94,6 +93,11 @@ class CheckedRows:
         for number, row in enumerate(rows):
             yield self.check(row, number)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tells a stream that is shuffled anew in every epoch which one begins."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
     def _first(self) -> Any:
         try:
             return self.rows[0]
@@ -104,9 +108,6 @@ class CheckedRows:
         """The rows of an iterable from the first one on."""
         begun, self.begun = self.begun, None
         if begun is None:
-            self.epoch += 1
-            if hasattr(self.rows, "set_epoch"):  # a stream that is shuffled anew in every epoch
-                self.rows.set_epoch(self.epoch)
             iterator = iter(self.rows)
             if (first := next(iterator, None)) is None:
                 raise ValueError("the rows have ended and cannot be read again: pass an iterable that begins again")
