@@ -75,7 +75,7 @@ def best_rates(results: list[Result]) -> dict[str, float]:
 
 def runs_at_best_rates(results: list[Result]) -> Groups:
     """The runs of every arm at its own best rate, in the order of their seeds."""
-    return {arm: compared_runs(results, lr).get(arm, []) for arm, lr in best_rates(results).items()}
+    return {arm: compared_runs(results, lr)[arm] for arm, lr in best_rates(results).items()}
 
 
 def same_compute(run: Result, other: Result) -> bool:

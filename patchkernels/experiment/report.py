@@ -261,14 +261,12 @@ def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
     """The rates that A, B and C were tried at with the first seed, and ρ with each arm at its own best rate."""
     seed = min((result["seed"] for result in results), default=0)
     rows = []
-    best: dict[str, Result] = {}
+    best = runs_at_best_rates(results)
     edges = []  # arms whose best rate is the lowest or the highest that was tried
     for arm in ("A", "B", "C"):
         tried = sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: float(r["lr"]))
-        converged = [run for run in tried if "diverged" not in run]
-        if converged:
-            best[arm] = min(converged, key=lambda run: float(run[TOKEN_LOSS]))
-            edges += [arm] if best[arm] in (tried[0], tried[-1]) else []
+        if arm in best and best[arm][0]["lr"] in (tried[0]["lr"], tried[-1]["lr"]):
+            edges.append(arm)
         for run in tried:
             loss = "diverged" if "diverged" in run else f"{run[TOKEN_LOSS]:.4f}"
             rows.append([arm, f"{run['lr']:.3g}{' (used)' if run['lr'] == lr else ''}", loss])
@@ -277,14 +275,13 @@ def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
         yield f"The best rate of {' and '.join(edges)} is the lowest or highest that was tried."
     if len(rows) > 3 and {"A", "B", "C"} <= set(best):
         yield "Each arm at the best of its own rates, tuned with the first seed:"
-        groups = runs_at_best_rates(results)
         yield table(
             ["arm", "learning rate", "seeds", f"mean loss at the end ({CONFIDENCE:.0%} interval)"],
-            [[arm, f"{runs[0]['lr']:.3g}", str(len(runs)), _mean_loss(runs)] for arm, runs in groups.items() if runs],
+            [[arm, f"{runs[0]['lr']:.3g}", str(len(runs)), _mean_loss(runs)] for arm, runs in best.items()],
         )
-        a, b, c = (best[arm][TOKEN_LOSS] for arm in "ABC")
+        a, b, c = (best[arm][0][TOKEN_LOSS] for arm in "ABC")
         share = recovered_share(a, b, c)
-        yield f"With the first seed ρ is {'undefined' if share is None else f'{share:.3f}'} there. {_gaps_of_b(groups)}"
+        yield f"With the first seed ρ is {'undefined' if share is None else f'{share:.3f}'} there. {_gaps_of_b(best)}"
 
 
 def _mean_loss(runs: list[Result]) -> str:
