@@ -103,9 +103,11 @@ def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     Targets on a GPU are not checked, because reading them would make the program wait for the GPU.
     """
     if target.device.type == "cpu":
-        bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
-        if len(bad):
-            raise IndexError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {bad[0].item()}")
+        for extreme in target.masked_fill(target == ignore_index, 0).aminmax() if target.numel() else ():
+            if not 0 <= extreme < vocab:
+                raise IndexError(
+                    f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {extreme.item()}"
+                )
 
 
 def new_statistics(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LossOptions, accumulation_dtype, check_targets, new_statistics, row_losses
+from patchkernels.numerics import LossOptions, accumulation_dtype, check_targets, row_losses
 
 __all__ = [
     "bytes_per_logit",
@@ -38,7 +38,7 @@ def loss(
     statistics = torch.empty(2, len(target), dtype=dtype, device=logits.device)
     for chunk in _chunks(logits):
         z = logits[chunk].to(dtype, copy=True)
-        losses[chunk], statistics[:, chunk], _ = _losses_and_exponentials_(z, target[chunk], options)
+        losses[chunk], statistics[:, chunk], _ = _losses_and_softmax_(z, target[chunk], options)
     return losses, statistics
 
 
@@ -66,7 +66,7 @@ def loss_and_gradient_(
 ) -> Tensor | None:  # (N, V)
     """Fills ``losses``; with ``c`` returns dlogits in fp32 (fp64 for fp64). The logits may be overwritten."""
     z = logits.to(accumulation_dtype(logits.dtype))
-    losses[:], statistics, slope = _losses_and_exponentials_(z, target, options)
+    losses[:], statistics, slope = _losses_and_softmax_(z, target, options)
     return None if c is None else _gradient_(z, target, c, statistics, slope, options)
 
 
@@ -101,8 +101,9 @@ def slice_gradient_(
     """dlogits of these classes, in the dtype of the logits, which may be overwritten."""
     z = logits.to(accumulation_dtype(logits.dtype))
     slope = _cap_(z, options.softcap)
-    exponentials = z.sub_(statistics[0].unsqueeze(1)).exp_()
-    return _gradient_(exponentials, target, c, statistics, slope, options, first, vocab).to(logits.dtype)
+    largest, total = statistics.unsqueeze(2).unbind()
+    probabilities = z.sub_(largest).exp_().div_(total)
+    return _gradient_(probabilities, target, c, statistics, slope, options, first, vocab).to(logits.dtype)
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
@@ -121,15 +122,21 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def _losses_and_exponentials_(
+def _losses_and_softmax_(
     z: Tensor,  # (n, V)
     target: Tensor,  # (n, K)
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # l (n, K), max z and sum exp(z - max) (2, n), slope of the soft cap (n, V)
-    """Losses and statistics of whole rows. Overwrites the logits with ``exp(z - max)``."""
+    """Losses and statistics of whole rows. Overwrites the logits with their softmax.
+
+    The softmax of the largest logit is ``1 / sum exp(z - max)``, so that the sum costs no exponentials of its own.
+    """
     slope = _cap_(z, options.softcap)
-    statistics, picked = new_statistics(target, z.dtype)
-    _exponentials_(z, 0, target, statistics, picked, options)
+    largest = z.amax(1)
+    picked = z.gather(1, target.clamp(0, z.shape[1] - 1).long())
+    below = (z - largest.unsqueeze(1)).sum(1) if options.label_smoothing else torch.zeros_like(largest)
+    torch.softmax(z, 1, out=z)
+    statistics = torch.stack([largest, z.amax(1).reciprocal_(), below])
     return row_losses(statistics, picked, target, z.shape[1], options), statistics[:2], slope
 
 
@@ -167,7 +174,7 @@ def _exponentials_(
 
 
 def _gradient_(
-    exponentials: Tensor,  # (n, v), exp(z - max) of the classes from ``first`` on
+    probabilities: Tensor,  # (n, v), exp(z - max) / sum exp(z - max), for the classes from ``first`` on
     target: Tensor,  # (n, K)
     c: Tensor,  # (n, K), dL/dl
     statistics: Tensor,  # (2, n): max z, sum exp(z - max)
@@ -178,15 +185,14 @@ def _gradient_(
 ) -> Tensor:  # (n, v)
     """``dz = slope ((sum_k c_k) (p (1 + 2 z_loss_weight lse) - e/V) - (1-e) sum_k c_k onehot(t_k))``.
 
-    ``p = exp(z - max) / sum exp(z - max)``, and ``e`` is ``label_smoothing``. A row whose ``c`` are all 0 has the
-    gradient 0, whatever its logits are. Overwrites ``exponentials`` with the gradient.
+    ``e`` is ``label_smoothing``. A row whose ``c`` are all 0 has the gradient 0, whatever its logits are. Overwrites
+    the probabilities with the gradient.
     """
-    dz = exponentials
+    dz = probabilities
     c = c.masked_fill(target == options.ignore_index, 0)
-    total_c = c.sum(1, keepdim=True)
-    largest, total = statistics.unsqueeze(2).unbind()
-    factor = total_c / total
+    factor = total_c = c.sum(1, keepdim=True)
     if options.z_loss_weight:
+        largest, total = statistics.unsqueeze(2).unbind()
         factor = factor * (1 + 2 * options.z_loss_weight * (largest + total.log()))
     dz.mul_(factor)
     if options.label_smoothing:
@@ -197,4 +203,11 @@ def _gradient_(
     dz.scatter_add_(1, column.clamp(0, dz.shape[1] - 1).long(), at_target)
     if slope is not None:
         dz.mul_(slope)
-    return dz.masked_fill_((c == 0).all(1, keepdim=True), 0)
+    return _zero_rows_(dz, (c == 0).all(1))
+
+
+def _zero_rows_(values: Tensor, rows: Tensor) -> Tensor:  # (n, v) and (n)
+    """Sets these rows to 0. On a CPU it touches no others; elsewhere finding them would wait for the device."""
+    if values.device.type == "cpu":
+        return values.index_fill_(0, rows.nonzero().squeeze(1), 0)
+    return values.masked_fill_(rows.unsqueeze(1), 0)

@@ -46,7 +46,9 @@ def backward(
 ) -> Tensor:  # (V, D)
     """The gradient of the table, in the dtype of ``grad``, summed slot by slot in fp32 (fp64 for fp64)."""
     dtype = accumulation_dtype(grad.dtype)
-    scaled = grad.to(dtype) * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
+    scaled = grad.to(dtype)
+    if ids.shape[1] > 1:
+        scaled = scaled * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
     total = scaled.new_zeros(vocab, grad.shape[1])
     for slot in ids.T:
         total.index_add_(0, slot.clamp(0, vocab - 1), scaled)

@@ -273,21 +273,23 @@ def matmul_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def rotary_table(x: Tensor, document_ids: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)`` (RoFormer, arXiv 2104.09864).
+    """The factors of :func:`rotate`: cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)``.
 
-    Positions restart with every document. The angles are computed in fp32 and the results cast to the dtype of ``x``.
+    Sines are negative in the first half of a head. Positions restart with every document. The angles are computed in
+    fp32 and the results cast to the dtype of ``x`` (RoFormer, arXiv 2104.09864).
     """
     position = (
         torch.arange(x.shape[1], device=x.device)[None] if document_ids is None else document_positions(document_ids)
     )
     exponent = torch.arange(0, config.head_size, 2, device=x.device).float() / config.head_size
     angle = position[..., None].float() * (1.0 / config.rope_theta**exponent)
-    angle = torch.cat([angle, angle], -1).unsqueeze(-2)
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos(), angle.sin()
+    cos, signed_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return cos.unsqueeze(-2).to(x.dtype), signed_sin.unsqueeze(-2).to(x.dtype)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding, with a head's two halves as the coordinates (the layout of Hugging Face's LLaMA)."""
-    cos, sin = rotary
+    cos, signed_sin = rotary
     first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    return (x * cos + torch.cat([second, first], -1) * signed_sin).to(x.dtype)
