@@ -83,6 +83,17 @@ def same_compute(run: Result, other: Result) -> bool:
     return bool(abs(run["flops"] / other["flops"] - 1) <= SAME_COST)
 
 
+def is_token_level(runs: list[Result]) -> bool:
+    """Whether the runs of an arm have no patch phase."""
+    return all(point["patch_size"] == 1 for point in runs[0]["curve"])
+
+
+def token_level_at_equal_compute(arm: str, groups: Groups) -> str | None:
+    """The name of the token-level arm that has the compute of this arm; None if there is none."""
+    names = [name for name, runs in groups.items() if is_token_level(runs) and same_compute(groups[arm][0], runs[0])]
+    return names[0] if names else None
+
+
 def rho(groups: Groups, arm: str) -> dict[int, float | None]:
     """``(L_C - L_arm) / (L_C - L_A)`` for every seed for which A, C and the arm are finished.
 

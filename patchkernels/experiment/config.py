@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from patchkernels.data.corpus import DataConfig
-from patchkernels.schedule import DEFAULT_PHASES, cost_of
+from patchkernels.schedule import DEFAULT_PHASES, cost_of, parse_phase
 from patchkernels.training.config import (
     CheckpointConfig,
     LogConfig,
@@ -75,6 +75,7 @@ class Arm:
     schedule: ScheduleConfig  # only its phases differ from those of other arms; rows and positions are the same
     share: float = 1.0  # of A's raw tokens
     optimizer_changes: dict[str, Any] = field(default_factory=dict)
+    run_changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -84,12 +85,12 @@ class Arm:
     def record(self) -> dict[str, Any]:
         """The arm's entry in ``experiment.json``. ``changes`` are settings that differ from A's, without phases."""
         counted = {"shares_of": self.schedule.shares_of} if self.schedule.shares_of != ScheduleConfig.shares_of else {}
-        changes = {**counted, **self.optimizer_changes}
+        changes = {**counted, **self.optimizer_changes, **self.run_changes}
         return {"title": self.title, "phases": self.schedule.phases, "share": self.share, "changes": changes}
 
 
 def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
-    """All arms by name. ``schedule`` is that of B. The other arms share its rows and positions."""
+    """The arms that have a name. ``schedule`` is that of B. The other arms share its rows and positions."""
     token_level = dataclasses.replace(schedule, phases="1:1")
     superposition = dataclasses.replace(schedule, phases="8:0.3,1:0.7", shares_of="steps")
     falling_sizes = dataclasses.replace(schedule, phases="8:1/3,4:1/6,2:1/6,1:1/3")
@@ -99,12 +100,30 @@ def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
         "B": Arm("patches, then token-level", schedule),
         "C": Arm("token-level, B's compute", token_level, share=cost_of(schedule.parsed_phases)),
         "B-reset": Arm("B, optimizer and schedule reset at the switch (PatchTrain)", schedule, optimizer_changes=reset),
+        "B-slots-0.5": Arm("B, slot i weighs 1 / sqrt(i)", schedule, run_changes={"slot_exponent": 0.5}),
+        "B-slots-1": Arm("B, slot i weighs 1 / i", schedule, run_changes={"slot_exponent": 1.0}),
         "TST": Arm("K = 8, r = 0.3 of the steps (TST)", superposition),
         "multi": Arm("K = 8, 4, 2, 1", falling_sizes),
     }
 
 
 ARM_NAMES = tuple(arms(ScheduleConfig()))
+
+
+def arm_of_phases(phases: str, schedule: ScheduleConfig) -> Arm:
+    """The arm called by its phases, such as ``"8:4/7,1:3/7"``, or ``"1:0.7"``: 0.7 of A's data, token by token.
+
+    Raises:
+        ValueError: these are not phases, or their shares add up to more than 1.
+    """
+    parts = [parse_phase(part) for part in phases.split(",")]
+    total = sum(part.share for part in parts)
+    if not total <= 1 + 1e-3 or any(part.patch_size < 1 or not part.share > 0 for part in parts):
+        raise ValueError(f"phases of an arm need patch sizes of at least 1 and shares of at most 1, got {phases!r}")
+    share = 1.0 if total > 1 - 1e-3 else total
+    scaled = ",".join(f"{part.patch_size}:{part.share / total!r}" for part in parts)
+    title = "" if share == 1.0 else f"{share:g} of the data"
+    return Arm(title, dataclasses.replace(schedule, phases=phases if share == 1.0 else scaled), share)
 
 
 @dataclass(frozen=True)
@@ -121,8 +140,9 @@ class ExperimentConfig:
     """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of the budget;
     None leaves a part as it is."""
     arms: tuple[str, ...] = ("A", "B", "C")
-    """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), TST (K = 8, r = 0.3) and multi
-    (K = 8, 4, 2, 1). Arms can be added to an experiment later; finished runs are kept."""
+    """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), B-slots-0.5 and B-slots-1 (slot i of a
+    patch weighs i^-0.5 or i^-1), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1), and phases, such as 8:4/7,1:3/7, or
+    1:0.7 (0.7 of A's data, token by token). Arms can be added to an experiment later; finished runs are kept."""
     phases: str = DEFAULT_PHASES
     """B's patch sizes and shares of the data."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -162,9 +182,9 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
-        unknown = [name for name in self.arms if name not in ARM_NAMES]
+        unknown = [name for name in self.arms if name not in ARM_NAMES and ":" not in name]
         if unknown or not {"A", "B", "C"} <= set(self.arms):
-            raise ValueError(f"arms must be A, B, C and others of {ARM_NAMES}, got {self.arms}")
+            raise ValueError(f"arms must be A, B, C, others of {ARM_NAMES} and phases, got {self.arms}")
         for name in ("tokens", "batch_size", "context", "lr", "seeds", "eval_every", "minutes", "jobs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -216,8 +236,9 @@ class ExperimentConfig:
 
     @functools.cached_property
     def known_arms(self) -> dict[str, Arm]:
-        """All arms by name, also those that were not requested."""
-        return arms(self.schedule)
+        """All arms by name, also named ones that were not requested."""
+        named = arms(self.schedule)
+        return named | {name: arm_of_phases(name, self.schedule) for name in self.arms if name not in named}
 
     @functools.cached_property
     def effective_budget(self) -> Budget:

@@ -12,6 +12,8 @@ from patchkernels.experiment.comparison import (
     Result,
     evaluation_at_switch,
     evaluations_side_by_side,
+    is_token_level,
+    mean_of,
 )
 from patchkernels.files import replace_file
 
@@ -56,6 +58,29 @@ def _draw_arm(axis: Any, key: str, runs: list[Result], arm: str, color: str, ear
         if switch and points[0]["step"] == switch["step"]:
             axis.plot([x[place]], [means[place]], "o", color=color, markersize=5)
     return [mean for mean, points in zip(means, evaluations) if points[0]["flops"] > early_flops]
+
+
+def draw_cost(file: Path, groups: Groups) -> None:
+    """The loss at the end against the compute as a share of A's: token-level arms as a line, each other arm as a point.
+
+    The points are means over the seeds, and the bars the intervals of these means.
+    """
+    figure, (axis,) = _figure(columns=1, width=8, height=5)
+    token_level: list[tuple[float, float]] = []
+    for number, (arm, runs) in enumerate(groups.items()):
+        cost, losses = runs[0]["flops"] / groups.get("A", runs)[0]["flops"], [float(run[TOKEN_LOSS]) for run in runs]
+        mean = mean_of(losses)
+        error = None if mean is None else (mean.high - mean.low) / 2
+        style: dict[str, Any] = {"color": "black"} if is_token_level(runs) else {"color": f"C{number}", "label": arm}
+        axis.errorbar([cost], [_mean(losses)], yerr=error, marker="o", capsize=3, linestyle="none", **style)
+        if is_token_level(runs):
+            token_level.append((cost, _mean(losses)))
+    axis.plot(*zip(*sorted(token_level)), color="black", label="token-level")
+    axis.set_xlabel("compute, as a share of A's")
+    axis.set_ylabel("token-level validation loss at the end")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    _save(figure, file)
 
 
 def has_slot_losses(groups: Groups) -> bool:

@@ -26,7 +26,7 @@ from rich.console import Console
 from patchkernels.data.batches import validation_rows
 from patchkernels.data.corpus import Corpus
 from patchkernels.experiment.comparison import TOKEN_LOSS, Result
-from patchkernels.experiment.config import ARM_NAMES, ExperimentConfig
+from patchkernels.experiment.config import ExperimentConfig
 from patchkernels.experiment.record import (
     claim_folder,
     experiment_record,
@@ -167,7 +167,8 @@ class Laboratory:
             self.take_result(self.folder(*run))
 
     def folder(self, name: str, seed: int, lr: float) -> Path:
-        return self.out / "runs" / f"{name}-seed{seed}-lr{lr:.3g}"
+        in_a_path = name.translate({ord(":"): "x", ord("/"): "of", ord(","): "+"})  # an arm may be called by its phases
+        return self.out / "runs" / f"{in_a_path}-seed{seed}-lr{lr:.3g}"
 
     def arguments(self, name: str, seed: int, lr: float) -> tuple[TrainConfig, str]:
         """The arguments of :func:`make_run` for a run that begins now. ``Stopped`` if the time is over."""
@@ -199,7 +200,7 @@ class Laboratory:
         warmup = self.config.warmup_of(name)
         return dataclasses.replace(
             base,
-            run=dataclasses.replace(base.run, out=str(folder), seed=seed, minutes=minutes),
+            run=dataclasses.replace(base.run, out=str(folder), seed=seed, minutes=minutes, **arm.run_changes),
             schedule=dataclasses.replace(
                 arm.schedule, tokens=round(arm.share * self.tokens), piece_tokens=self.piece_tokens
             ),
@@ -209,7 +210,8 @@ class Laboratory:
 
     def report(self, finished: bool) -> None:
         """Writes ``results.jsonl``, ``report.md`` and the figures from the runs so far."""
-        results = sorted(self.results.values(), key=lambda run: (ARM_NAMES.index(run["arm"]), run["seed"], run["lr"]))
+        order = list(self.record["arms"])
+        results = sorted(self.results.values(), key=lambda run: (order.index(run["arm"]), run["seed"], run["lr"]))
         write_results(self.out, self.record, results, finished)
         write_report(self.out, self.record, results, self.lr, finished)
 

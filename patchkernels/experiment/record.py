@@ -84,19 +84,22 @@ def claim_folder(out: Path, record: dict[str, Any]) -> None:
 
     It is still the same experiment with more arms, seeds or learning rates, other ``minutes`` or ``jobs``, another
     commit, or the same text under another name. ``record["commit"]`` then lists all commits that the folder's runs were
-    made with.
+    made with, and ``record["arms"]`` all arms.
 
     Raises:
         ValueError: the folder's experiment has other settings, or its ``experiment.json`` is damaged.
     """
     file = out / "experiment.json"
     if file.exists():
-        old = read_json(file, {"budget", "corpus", "commit"})
+        old = read_json(file, {"budget", "corpus", "commit", "arms"})
         commits = [*(old["commit"] or "").split(", "), record["commit"] or ""]
         new = json.loads(json.dumps(record))  # as it would be read back from a file, with lists in place of tuples
         for settings in (old, new):
             for part, key in (("budget", "seeds"), ("budget", "lr"), ("budget", "minutes"), ("corpus", "origin")):
                 settings[part].pop(key, None)
+        record["arms"] = {**old["arms"], **record["arms"]}
+        for name in set(old["arms"]) ^ set(new["arms"]):
+            old["arms"].pop(name, None), new["arms"].pop(name, None)
         differing = [key for key in new if key not in ("commit", "date", "jobs", "tune") and new[key] != old.get(key)]
         if differing:
             changes = "; ".join(f"{key}: {old.get(key)} there, {new[key]} here" for key in differing)

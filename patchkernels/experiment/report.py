@@ -21,24 +21,32 @@ from patchkernels.experiment.comparison import (
     compared_runs,
     differences,
     evaluation_at_switch,
+    is_token_level,
     mean_of,
     recovered_share,
     rho,
     runs_at_best_rates,
     same_compute,
+    token_level_at_equal_compute,
 )
-from patchkernels.experiment.figures import draw_loss, draw_slots, has_slot_losses
+from patchkernels.experiment.figures import draw_cost, draw_loss, draw_slots, has_slot_losses
 from patchkernels.files import replace_file
 from patchkernels.training.config import OptimizerConfig
 
+MAIN_ARMS = ("A", "B", "C")
+RECOVERY_ROWS = 12  # of a table of evaluations since the switch that are not at a power of two
+
 
 def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: float | None, finished: bool) -> None:
-    """Writes ``report.md``, ``loss.png`` and ``slots.png``; ``lr`` is the rate at which all arms are compared."""
+    """Writes ``report.md`` and its figures; ``lr`` is the rate at which all arms are compared."""
     groups = compared_runs(results, lr)
     figures = []
     if groups:
         draw_loss(out / "loss.png", groups)
         figures.append("![Validation loss](loss.png)")
+    if len(groups) > len(MAIN_ARMS):
+        draw_cost(out / "cost.png", groups)
+        figures.append("![Loss at the end against compute](cost.png)")
     if has_slot_losses(groups):
         draw_slots(out / "slots.png", groups)
         figures.append("![Loss of each slot in the patch phase](slots.png)")
@@ -92,7 +100,7 @@ def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
          "loss at the switch", "loss at the end", "bits per byte"],
         [_outcome_row(arm, record["arms"][arm]["title"], runs, groups.get("A", [])) for arm, runs in groups.items()],
     )  # fmt: skip
-    if {"A", "B", "C"} <= set(groups):
+    if set(MAIN_ARMS) <= set(groups):
         for arm, runs in groups.items():
             if arm not in ("A", "C") and same_compute(runs[0], groups["C"][0]):
                 yield from _rho_of(arm, groups)
@@ -102,6 +110,8 @@ def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
         )
         if gaps := _gaps_of_b(groups):
             yield gaps
+        if len(groups) > len(MAIN_ARMS):
+            yield _at_equal_compute(groups)
         yield _losses_by_seed(groups)
 
 
@@ -163,6 +173,26 @@ def _interval(gaps: list[float]) -> str:
     return f" (difference {mean.low:+.3f} to {mean.high:+.3f} with {CONFIDENCE:.0%} confidence, p = {mean.p_value:.2g})"
 
 
+def _at_equal_compute(groups: Groups) -> str:
+    """The table of the arms with patches, in the order of their compute, each against token-level training with it."""
+    rows = []
+    for arm, runs in sorted(groups.items(), key=lambda item: float(item[1][0]["flops"])):
+        if is_token_level(runs):
+            continue
+        cost = f"{runs[0]['flops'] / groups['A'][0]['flops']:.3f}"
+        other = token_level_at_equal_compute(arm, groups)
+        gaps = differences(runs, groups[other]) if other else []
+        difference = f"{sum(gaps) / len(gaps):+.4f}" if gaps else ""
+        if mean := mean_of(gaps):
+            difference += f" ({mean.low:+.4f} to {mean.high:+.4f})"
+        against = f"{other}: {_mean_loss(groups[other])}" if other else ""
+        rows.append([arm, cost, _mean_loss(runs), against, difference, f"{mean.p_value:.2g}" if mean else ""])
+    interval = f"({CONFIDENCE:.0%} interval)"
+    return table(
+        ["arm", "of A's compute", f"loss at the end {interval}", "token-level", f"difference {interval}", "p"], rows
+    )
+
+
 def _losses_by_seed(groups: Groups) -> str:
     """The table of the losses at the end: one row per arm, one column for each of A's seeds."""
     seeds = sorted({run["seed"] for run in groups["A"]})
@@ -186,9 +216,7 @@ def _recovery(groups: Groups) -> Iterator[str]:
         if switch is None:
             continue
         rows = []
-        for point in runs[0]["curve"]:
-            if point["step"] < switch["step"]:
-                continue
+        for point in _evaluations_to_show(runs[0], switch["step"]):
             of_seeds = [other for run in runs for other in run["curve"] if other["step"] == point["step"]]
             rows.append([
                 f"{point['step'] - switch['step']:,}",
@@ -202,6 +230,15 @@ def _recovery(groups: Groups) -> Iterator[str]:
         yield table(
             ["steps since the switch", "raw tokens", "FLOPs", "seconds", "validation loss", "bits per byte"], rows
         )
+
+
+def _evaluations_to_show(run: Result, switch: int) -> list[dict[str, Any]]:
+    """The evaluations from this step on: those 0, 1, 2, 4, 8, ... steps after it, the last, and some in between."""
+    after = [point for point in run["curve"] if point["step"] >= switch]
+    shown = {point["step"]: point for point in after if (point["step"] - switch).bit_count() <= 1}
+    others = [point for point in after[::-1] if point["step"] not in shown]
+    shown |= {point["step"]: point for point in others[:: max(len(others) // RECOVERY_ROWS, 1)]}
+    return [shown[step] for step in sorted(shown)]
 
 
 def _settings(record: dict[str, Any], groups: Groups, lr: float | None) -> Iterator[str]:
@@ -263,7 +300,7 @@ def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
     rows = []
     best = runs_at_best_rates(results)
     edges = []  # arms whose best rate is the lowest or the highest that was tried
-    for arm in ("A", "B", "C"):
+    for arm in MAIN_ARMS:
         tried = sorted((r for r in results if r["arm"] == arm and r["seed"] == seed), key=lambda r: float(r["lr"]))
         if arm in best and best[arm][0]["lr"] in (tried[0]["lr"], tried[-1]["lr"]):
             edges.append(arm)
@@ -273,7 +310,7 @@ def _learning_rates(results: list[Result], lr: float | None) -> Iterator[str]:
     yield table(["arm", "learning rate", f"loss at the end, seed {seed}"], rows)
     if edges:
         yield f"The best rate of {' and '.join(edges)} is the lowest or highest that was tried."
-    if len(rows) > 3 and {"A", "B", "C"} <= set(best):
+    if len(rows) > 3 and set(MAIN_ARMS) <= set(best):
         yield "Each arm at the best of its own rates, tuned with the first seed:"
         yield table(
             ["arm", "learning rate", "seeds", f"mean loss at the end ({CONFIDENCE:.0%} interval)"],

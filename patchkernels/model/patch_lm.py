@@ -53,6 +53,7 @@ class PatchLM(nn.Module):
         patch_size: int = 1,
         reduction: str = "mean",
         document_ids: Tensor | None = None,  # (B, T), non-decreasing along T
+        target_weight: Tensor | None = None,  # (K)
     ) -> Tensor:
         """Logits ``(B, T / K, V)``, or with labels the loss of predicting each next patch (PatchTrain, section 2).
 
@@ -66,6 +67,7 @@ class PatchLM(nn.Module):
                 position sees another document, and none predicts the first patch of the next one. On a GPU, where
                 checking the ids would cost a synchronisation, and under ``torch.compile`` a patch that straddles two
                 documents is taken as part of its first token's document.
+            target_weight: of the K slots of a patch, as in :func:`patchkernels.patch_cross_entropy`.
 
         Raises:
             ValueError: shapes that do not fit, T not divisible by K, more positions than the model has, a patch
@@ -80,7 +82,7 @@ class PatchLM(nn.Module):
             logits: Tensor = self.lm_head(hidden)
             return logits
         target = patch_targets(labels, patch_size, document_ids)
-        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction)
+        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction, target_weight=target_weight)
         return loss
 
     def _check_shapes(

@@ -193,6 +193,7 @@ class LoopConfig:
     optimizer_at_switch: str
     clip: float
     accumulation: int
+    slot_exponent: float
     bf16: bool
     compile: bool
     checkpoint: CheckpointConfig
@@ -219,6 +220,8 @@ class RunConfig:
     """The implementation of attention: auto, sdpa, flash2, flash3 or flash4."""
     accumulation: int = 1
     """Number of parts that a step's rows are split into. They are computed one after the other, to save memory."""
+    slot_exponent: float = 0.0
+    """In a patch phase the loss is a weighted mean over the K slots: slot i weighs i^-slot_exponent. 0: all alike."""
     bf16: bool = False
     """Compute in bf16 under autocast; parameters stay in fp32."""
     compile: bool = False
@@ -234,6 +237,8 @@ class RunConfig:
         check_at_least_one(self, "accumulation")
         if self.parallel not in PARALLEL_MODES:
             raise ValueError(f"parallel must be one of {PARALLEL_MODES}, got {self.parallel!r}")
+        if not math.isfinite(self.slot_exponent):
+            raise ValueError(f"slot_exponent must be finite, got {self.slot_exponent}")
         check_minutes(self.minutes)
 
 
@@ -280,6 +285,7 @@ class TrainConfig:
             self.optimizer.optimizer_at_switch,
             self.optimizer.clip,
             self.run.accumulation,
+            self.run.slot_exponent,
             self.run.bf16,
             self.run.compile,
             self.checkpoint,

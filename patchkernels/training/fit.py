@@ -113,7 +113,7 @@ def fit(
         Stopped: SIGTERM or SIGINT came, or ``minutes`` are over (``SystemExit``). The run is saved.
     """
     config = LoopConfig(
-        LearningRate(1.0, warmup, decay, lr_shape, lr_scope), optimizer_at_switch, clip, accumulation, bf16, False,
+        LearningRate(1.0, warmup, decay, lr_shape, lr_scope), optimizer_at_switch, clip, accumulation, 0.0, bf16, False,
         CheckpointConfig(save_every, keep, bool(resume)), LogConfig(log_every, eval_every),
     )  # fmt: skip
     config.check()

@@ -87,6 +87,7 @@ class Objective:
         patch_size: int,
         reduction: str = "mean",
         documents: Tensor | None = None,  # (B, T)
+        slot_weight: Tensor | None = None,  # (K)
     ) -> Tensor:
         """The loss, computed by calling ``module``, which is the model or a wrapper of it.
 
@@ -104,6 +105,8 @@ class Objective:
             arguments["reduction"] = reduction
         if documents is not None:
             arguments["document_ids"] = documents
+        if slot_weight is not None:
+            arguments["target_weight"] = slot_weight
         output = module(**arguments)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
         shape = (len(ids), ids.shape[1] // patch_size, patch_size) if reduction == "none" else ()

@@ -203,14 +203,20 @@ class Run:
     def shares(self, parts: list[Rows], phase: Phase) -> list[float]:
         """The weight of each part's mean loss within the loss of the step.
 
-        The weighted sum over parts, averaged over processes, is the mean over all targets of the step. The weights are
-        equal unless labels may be ignored, since the parts then hold different numbers of targets.
+        The weighted sum over parts, averaged over processes, is the mean over all targets of the step, which weigh what
+        their slots weigh. The parts' weights are equal unless labels may be ignored, since the parts then hold
+        different numbers of targets.
         """
         if self.batches.labels_are_ids:
             return [1 / len(parts)] * len(parts)
-        counts = torch.stack([count_targets(part, phase.patch_size).sum() for part in parts])
+        weight = self.slot_weight(phase.patch_size)
+        counts = torch.stack([(count_targets(part, phase.patch_size) * weight).sum() for part in parts])
         (mean_count,) = self.processes.mean(counts.sum())
-        return [count / max(mean_count, 1) for count in counts.tolist()]
+        return [count / (mean_count or 1) for count in counts.tolist()]
+
+    def slot_weight(self, patch_size: int) -> Tensor:
+        """The weights of the slots of a patch in the loss, ``i^-slot_exponent``: (K)."""
+        return torch.arange(1.0, patch_size + 1, device=self.device) ** -self.config.slot_exponent
 
     def loss(
         self,
@@ -223,8 +229,10 @@ class Run:
     ) -> Tensor:
         """The model's loss on these rows, under autocast if the run computes in bf16."""
         module: nn.Module = self.compiled_model if compiled else self.parallel_model
+        weighs = self.config.slot_exponent and patch_size > 1 and reduction == "mean"
+        weight = self.slot_weight(patch_size) if weighs else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return self.objective(module, ids, labels, patch_size, reduction, documents)
+            return self.objective(module, ids, labels, patch_size, reduction, documents, weight)
 
     def flops(self) -> int:
         """Counted FLOPs of the steps so far, 0 if those of a step are not known."""

@@ -15,8 +15,18 @@ from patchkernels.training.config import ScheduleConfig, flat_settings
 def test_costs_of_the_arms():
     found = {name: arm.cost for name, arm in arms(ScheduleConfig(phases="4:2/3,1:1/3")).items()}
     assert tuple(found) == ARM_NAMES
-    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}
+    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "B-slots-0.5": 0.5, "B-slots-1": 0.5,
+                "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}  # fmt: skip
     assert found == pytest.approx(expected)
+
+
+def test_arms_that_are_called_by_their_phases():
+    for phases, cost, share in (
+        ("8:4/7,1:3/7", 0.5, 1), ("16:8/15,1:7/15", 0.5, 1), ("2:1", 0.5, 1), ("1:0.7", 0.7, 0.7),
+        ("4:0.2,1:0.3", 0.35, 0.5), ("1:0.999999", 1, 1),
+    ):  # fmt: skip
+        arm = ExperimentConfig(arms=("A", "B", "C", phases)).known_arms[phases]
+        assert (arm.cost, arm.share) == pytest.approx((cost, share)), phases
 
 
 def test_what_was_asked_for_replaces_parts_of_the_budget():
@@ -45,7 +55,13 @@ def test_what_was_asked_for_replaces_parts_of_the_budget():
 def test_bad_input(config, tmp_path):
     for bad, words in (
         ({"budget": "tpu"}, r"budget must be one of \('cpu', 'gpu'\), got 'tpu'"),
-        ({"arms": ("A", "B", "D")}, "arms must be A, B, C and others of"),
+        ({"arms": ("A", "B", "D")}, "arms must be A, B, C, others of .* and phases, got"),
+        ({"arms": ("A", "B", "C", "4:2/3,1:1/2")}, "shares of at most 1, got '4:2/3,1:1/2'"),
+        ({"arms": ("A", "B", "C", "4:0,1:1")}, "patch sizes of at least 1 and shares of at most 1"),
+        ({"arms": ("A", "B", "C", "1:nan")}, "phases look like"),
+        ({"arms": ("A", "B", "C", "0:1")}, "patch sizes of at least 1"),
+        ({"arms": ("A", "B", "C", "x:1")}, "phases look like"),
+        ({"context": 31, "arms": ("A", "B", "C", "16:8/15,1:7/15")}, "at least two patches of 16, got 31"),
         ({"arms": ("A", "B")}, "arms must be A, B, C"),
         ({"phases": "1:1/3,4:2/3"}, "the last phase must be token-level"),
         ({"phases": "4:2"}, "must add up to 1"),
@@ -66,6 +82,7 @@ def test_bad_input(config, tmp_path):
         ({"accumulation": 3}, "batch_size must be divisible by accumulation, got 2 and 3"),
         ({"warmup": 0.5}, "B cannot warm up over 0.5 of A's steps, 1 of its own"),
         ({"warmup": math.nan}, "cannot warm up over nan"),
+        ({"arms": ("A", "B", "C", "1:0.04")}, "1:0.04 cannot warm up over"),
         ({"decay": 2.0}, "decay over the last 2"),
         ({"out": config.data.path + "/x"}, "must not lie within the text"),
         ({"tokens": 1e9}, r"none is read twice: got 1,000,000,000 of \d"),

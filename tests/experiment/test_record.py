@@ -25,7 +25,19 @@ def test_the_record_is_as_in_folders_of_before(config):
     assert {part: list(record[part]) for part in ("budget", "corpus", "versions")} == {
         part: list(before[part]) for part in ("budget", "corpus", "versions")
     }
-    assert record["arms"] == before["arms"]
+    assert {name: arm for name, arm in record["arms"].items() if name in before["arms"]} == before["arms"]
+
+
+def test_arms_that_a_folder_of_before_did_not_know_can_be_added(config):
+    out = experiment(dataclasses.replace(config, tune=False, seeds=1))
+    file = out / "experiment.json"
+    record = json.loads(file.read_text())
+    record["arms"] = {name: record["arms"][name] for name in ("A", "B", "C")}
+    file.write_text(json.dumps(record))
+    experiment(dataclasses.replace(config, tune=False, seeds=1, arms=("A", "B", "C", "1:0.75")))
+    experiment(dataclasses.replace(config, tune=False, seeds=1))
+    assert "| 1:0.75 |" in (out / "report.md").read_text(), "also where it is not asked for"
+    assert json.loads(file.read_text())["arms"]["1:0.75"]["share"] == 0.75
 
 
 def test_what_is_finished_stays_in_the_report(config):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import statistics
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from experiments import chosen_rate, laboratory_of
 
 from patchkernels.experiment.comparison import best_rates, compared_runs, differences, mean_of, rho
-from patchkernels.experiment.config import ExperimentConfig
+from patchkernels.experiment.config import BUDGETS, ExperimentConfig
+from patchkernels.experiment.laboratory import experiment
 from patchkernels.experiment.report import write_report
 
 
@@ -43,6 +46,38 @@ def test_report_and_figures(finished):
         assert f"]({name})" in report
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     assert not list(finished.glob("runs/*/checkpoints"))
+
+
+def test_arms_with_patches_against_token_level_training_at_equal_compute(config):
+    """Of three arms with patches one has the compute of C, one that of 1:0.75, and one that of no other arm."""
+    arms = ("A", "B", "C", "2:1/2,1:1/2", "1:0.75", "TST")
+    out = experiment(dataclasses.replace(config, arms=arms, tune=False))
+    results = [json.loads(file.read_text()) for file in out.glob("runs/*/result.json")]
+    tokens = {run["arm"]: run["raw_tokens"] for run in results}
+    assert (tokens["2:1/2,1:1/2"], tokens["1:0.75"], tokens["C"]) == (1536, 1152, 768)
+    groups = compared_runs(results, BUDGETS["cpu"].base.optimizer.lr)
+    report = (out / "report.md").read_text()
+    outcome = report.split("## Settings")[0]
+    rows = [line for line in outcome.splitlines() if re.match(r"\| (B|TST|2:1/2,1:1/2) \| 0\.\d{3} ", line)]
+    assert [row.split(" | ")[0] for row in rows] == ["| TST", "| B", "| 2:1/2,1:1/2"], "in the order of their compute"
+    for row, arm, other in ((rows[1], "B", "C"), (rows[2], "2:1/2,1:1/2", "1:0.75")):
+        gaps = differences(groups[arm], groups[other])
+        assert f"| {other}: " in row and f"| {sum(gaps) / 2:+.4f} ({mean_of(gaps).low:+.4f} to " in row
+        assert row.endswith(f"| {mean_of(gaps).p_value:.2g} |")
+    assert rows[0].endswith("|  |  |  |")
+    assert "](cost.png)" in report and (out / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_tables_of_the_recovery_are_thinned(config):
+    curve = [
+        {**result_of("B", 0, 5.0)["curve"][1], "step": step, "patch_size": 4 if step <= 100 else 1, "flops": step}
+        for step in range(1, 2001)
+    ]
+    run = {**result_of("B", 0, 5.0), "curve": curve}
+    table = report_of(config, [run]).split("### Recovery of B")[1].split("## ")[0]
+    steps = [int(line.split("|")[1].replace(",", "")) for line in table.splitlines()[4:] if line.startswith("|")]
+    assert set(steps) >= {0, 1, 2, 4, 8, 16, 512, 1024, 1900} and steps == sorted(steps)
+    assert len(steps) <= 30
 
 
 def result_of(arm: str, seed: int, loss: float) -> dict[str, Any]:

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 from small_runs import TINY, changed, untimed_log
 
+from patchkernels.data.corpus import prepare
 from patchkernels.model.cost import count_flops
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.log import read_log
+from patchkernels.training.processes import environment
 from patchkernels.training.run import NonFiniteError, Run
-from patchkernels.training.train import train
+from patchkernels.training.stop import StopRequest
+from patchkernels.training.train import prepare_run, train
 
 
 def test_a_run_leaves_model_log_and_plot(config):
@@ -96,11 +99,25 @@ def test_options_train(config, changes):
     assert lines[-1]["validation_loss"] < math.log(300)
 
 
-def test_accumulation_changes_nothing_but_rounding(config, tmp_path):
-    once = train(changed(config, batch_size=4))
-    parts = train(changed(config, batch_size=4, accumulation=2, out=str(tmp_path / "parts")))
+@pytest.mark.parametrize("options", [{}, {"packed_documents": True, "slot_exponent": 1.0}], ids=["plain", "weighted"])
+def test_accumulation_changes_nothing_but_rounding(config, tmp_path, options):
+    once = train(changed(config, batch_size=4, **options))
+    parts = train(changed(config, batch_size=4, accumulation=2, out=str(tmp_path / "parts"), **options))
     for a, b in zip(untimed_log(once)[1:], untimed_log(parts)[1:]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_the_slots_of_a_patch_weigh_as_the_settings_say(config, exponent):
+    settings = changed(config, slot_exponent=exponent)
+    run = prepare_run(settings, prepare(settings.data), environment(torch.device("cpu")), StopRequest(None))
+    ids = run.read()[0][0]
+    for patch_size in (1, 4):
+        rows = ids[:, : 16 * patch_size], ids[:, : 16 * patch_size], None
+        of_slots = run.loss(*rows, patch_size, "none")[:, :-1].mean((0, 1))  # the last patch has no target
+        weight = torch.tensor([i**-exponent for i in range(1, patch_size + 1)])
+        expected = (of_slots * weight).sum() / weight.sum()
+        torch.testing.assert_close(run.loss(*rows, patch_size), expected, rtol=1e-5, atol=0)
 
 
 def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
