@@ -1,0 +1,66 @@
+"""The table and the figure of several experiments, from results that are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkout import CHECKOUT
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The script's function. ``bench`` is not installed."""
+    monkeypatch.syspath_prepend(str(CHECKOUT))
+    from bench import law
+
+    return law.main
+
+
+def write_experiment(folder: Path, parameters: int, tokens: int, losses: dict[tuple[str, float], list[float]]) -> Path:
+    """``losses``: of an arm at a learning rate, one for each seed."""
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(json.dumps({"parameters": parameters, "tokens": tokens}))
+    for (arm, lr), of_seeds in losses.items():
+        for seed, loss in enumerate(of_seeds):
+            run = folder / "runs" / f"{arm}-seed{seed}-lr{lr}"
+            run.mkdir(parents=True)
+            result = {"arm": arm, "seed": seed, "lr": lr, "steps": 7, "validation_loss": loss}
+            (run / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_table_and_figure(tmp_path, main):
+    """C is best at another rate than A and B. In the second experiment there is one seed, and A is worse than C."""
+    many = write_experiment(
+        tmp_path / "results" / "many",
+        1000,
+        330_000,
+        {
+            ("A", 1.0): [1.0, 1.1, 1.2], ("B", 1.0): [1.5, 1.6, 1.9], ("C", 1.0): [2.5],
+            ("C", 2.0): [2.0, 2.1, 2.2],
+        },
+    )  # fmt: skip
+    few = write_experiment(
+        tmp_path / "results" / "few", 1000, 17_000, {("A", 1.0): [4.0], ("B", 1.0): [3.8], ("C", 1.0): [3.5]}
+    )
+    out = tmp_path / "results" / "law"
+    main([str(out), str(many), str(few)])
+    rows = [line.split(" | ") for line in (out / "law.md").read_text().splitlines() if line.startswith("| 1,000")]
+    assert [row[1] for row in rows] == ["[17](../few/report.md)", "[330](../many/report.md)"], "few tokens first"
+    assert rows[0][3:] == ["1", "4.000", "3.800", "3.500", "-0.300", "", " |"]
+    assert rows[1][3:7] == ["3", "1.100", "1.667", "2.100"]
+    # by seed: 0.5, 0.5 and 0.3; t = 4.3027 for 95 % with 2 degrees of freedom
+    assert rows[1][7:9] == ["+0.433 (+0.146 to +0.720)", "0.023"]
+    assert rows[1][9] == "+0.43 (+0.15 to +0.72) |"
+    assert (out / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folders_that_are_no_experiments(tmp_path, capsys, main):
+    lacking = write_experiment(tmp_path / "lacking", 1, 1, {("A", 1.0): [1.0], ("B", 1.0): [1.0]})
+    for folder, words in ((tmp_path, "holds no experiment.json"), (lacking, "no finished run of C")):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "out"), str(folder)])
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
