@@ -163,6 +163,23 @@ def cost_table(groups: dict[str, list[Case]]) -> str:
     return table(["model", "K", "cost in seconds", "cost in counted FLOPs", "λ/K + 1 - λ"], rows)
 
 
+def loop_table(groups: list[list[Case]]) -> str:
+    """One row per training loop: time of a step, steps per second, and the time over the plain loop's of its kind."""
+    rows = []
+    for cases in groups:
+        shape = cases[0]["shape"]
+        model = f"{shape['model']}, V={shape['V']}, {shape['rows']} x {shape['positions']}"
+        for case in cases:
+            plain = case["contender"].replace(OURS, "plain loop")
+            rows.append([
+                model, case["contender"], f"{case['median_seconds'] / case['steps'] * 1e3:.2f}",
+                f"± {case['spread'] * 50:.0f} %", f"{case['steps'] / case['median_seconds']:.1f}",
+                "" if plain == case["contender"] else f"{case['ratio_to'][plain]:.2f}",
+            ])  # fmt: skip
+            model = ""
+    return table(["model", "loop", "ms a step", "", "steps/s", "time / plain loop"], rows)
+
+
 def report(file: Path) -> str:
     """The results in ``file`` as Markdown."""
     machine, groups = load(file)
@@ -178,6 +195,8 @@ def report(file: Path) -> str:
     if steps(groups):
         sections += ["### Training step", step_table(machine, groups)]
         sections += ["### Cost of a run with 2/3 of its data in patches", cost_table(groups)]
+    if loops := comparisons_of(groups, "training loop"):
+        sections += ["### Training loop", loop_table(loops)]
     return "\n\n".join(sections)
 
 

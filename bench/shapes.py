@@ -40,6 +40,15 @@ class Step(NamedTuple):
     context: int  # positions of a row, each a patch of any size
 
 
+class Loop(NamedTuple):
+    """The loop over training steps, token by token."""
+
+    model: str  # a preset, or one with changes
+    vocab_size: int
+    rows: int
+    context: int
+
+
 PATCH_SIZES = (1, 2, 4, 8, 16)
 VOCABULARIES = (32000, 50257, 128256, 151936)
 
@@ -85,4 +94,13 @@ STEP = {
     "tiny": [Step("demo", 1, 16)],
     "small": [Step("demo", 4, 256)],
     "published": [Step("124m", 16, 2048), Step("370m", 16, 2048), Step("1.3b", 8, 2048)],
+}
+
+LOOP = {
+    "tiny": [Loop("demo:hidden_size=16,num_hidden_layers=1", 300, 2, 16)],
+    "small": [
+        Loop("demo:hidden_size=64,intermediate_size=176,num_hidden_layers=3", 512, 8, 128),
+        Loop("demo", 4096, 16, 128),
+    ],
+    "published": [Loop("124m", 50257, 16, 1024)],
 }

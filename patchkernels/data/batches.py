@@ -78,8 +78,8 @@ class Batches:
         return read_rows(self.tokens, self.row_starts(step), self.schedule.row_tokens(phase), self.packed)
 
 
-# A step uses one order of rows and one or two orders of pieces. The fourth entry is for the next phase's rows.
-@functools.lru_cache(maxsize=4)
+# A step uses one order of rows, and the orders of pieces of all epochs that its phase reads.
+@functools.lru_cache(maxsize=16)
 def _permutation(seed: int, kind: int, index: int, length: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, kind, index]).permutation(length)
 

@@ -54,23 +54,7 @@ def loop(
             begin(run, log, display)
 
         while not run.finished:
-            run.enter_phase()
-            patch_size = run.phase.patch_size
-
-            with run.timed():
-                rows = read_or_save(run)
-                values = run.train_step(rows)
-
-            evaluated = is_time_to_evaluate(run)
-            logged = evaluated or run.step % run.config.log.log_every == 0
-            if logged:
-                values |= run.progress()
-            if evaluated:
-                values |= evaluate(run, patch_size)
-            if logged:
-                log.write(**values)
-            display.step(run.step, values if logged else None)
-
+            take_step(run, log, display)
             if is_time_to_save(run):
                 run.save()
             stop_if_asked(run, display)
@@ -78,6 +62,26 @@ def loop(
         finish(run, display)
         if run.stop.signalled:  # the signal came too late to stop this run, so it stops the caller
             raise Stopped(run.stop.code)
+
+
+def take_step(run: Run, log: Log, display: Display) -> None:
+    """One step of the run; logs and evaluates after it if it is time to."""
+    run.enter_phase()
+    patch_size = run.phase.patch_size
+
+    with run.timed():
+        rows = read_or_save(run)
+        values = run.train_step(rows)
+
+    evaluated = is_time_to_evaluate(run)
+    logged = evaluated or run.step % run.config.log.log_every == 0
+    if logged:
+        values |= run.progress()
+    if evaluated:
+        values |= evaluate(run, patch_size)
+    if logged:
+        log.write(**values)
+    display.step(run.step, values if logged else None)
 
 
 def read_or_save(run: Run) -> list[Rows]:

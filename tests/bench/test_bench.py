@@ -51,7 +51,7 @@ def cases(result) -> dict[tuple[str, str, str], dict]:
 def test_every_case_records_device_times_and_comparisons(cases):
     ours = [key for key in cases if key[2] in ("patchkernels", "PatchLM, K=4")]
     assert {operator for operator, _, _ in ours} == {
-        "patch_embedding", "patch_cross_entropy", "linear_patch_cross_entropy", "training step"
+        "patch_embedding", "patch_cross_entropy", "linear_patch_cross_entropy", "training step", "training loop"
     }  # fmt: skip
     for (operator, case, name), benchmark in cases.items():
         info = benchmark["extra_info"]
@@ -65,8 +65,9 @@ def test_every_case_records_device_times_and_comparisons(cases):
     for key in ours:
         info = cases[key]["extra_info"]
         assert info["peak_extra_bytes"] > 0
-        assert info.get("tflops_per_second", 0) + info.get("gigabytes_per_second", 0) > 0
-        if key[0] != "training step":
+        rate = info.get("tflops_per_second", 0) + info.get("gigabytes_per_second", 0)
+        assert rate > 0 or key[0] == "training loop"
+        if "training" not in key[0]:
             assert info["share_of_floor"] > 0
             assert max(info["relative_errors"]) < 1e-4
 
