@@ -2,13 +2,14 @@
 
     python -m bench.law OUT EXPERIMENT [EXPERIMENT ...]
 
-Every EXPERIMENT is a folder that ``patchkernels experiment`` wrote. OUT gets law.md and law.png. Each arm is compared
-at the best of its own learning rates.
+Every EXPERIMENT is a folder that ``patchkernels experiment`` wrote, of which results.jsonl is read. OUT gets law.md and
+law.png. Each arm is compared at the best of its own learning rates.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 from pathlib import Path
@@ -24,8 +25,6 @@ from patchkernels.experiment.comparison import (
     recovered_share,
     runs_at_best_rates,
 )
-from patchkernels.experiment.laboratory import RESULT_KEYS
-from patchkernels.experiment.record import read_json
 from patchkernels.experiment.report import table
 from patchkernels.files import replace_file
 
@@ -52,10 +51,11 @@ class Point(NamedTuple):
 
 def read_point(folder: Path) -> Point:
     """Raises ``ValueError`` if the folder is no experiment, or lacks runs of A, B or C."""
-    if not (folder / "experiment.json").is_file():
-        raise ValueError(f"{folder} holds no experiment.json: expected the folder of an experiment")
-    record = read_json(folder / "experiment.json", {"tokens", "parameters"})
-    results = [read_json(file, RESULT_KEYS) for file in sorted(folder.glob("runs/*/result.json"))]
+    file = folder / "results.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no results.jsonl: expected the folder of an experiment")
+    record, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    results = [line for line in lines if line["kind"] == "run"]
     groups = runs_at_best_rates(results)
     if missing := [arm for arm in "ABC" if arm not in groups]:
         raise ValueError(f"{folder} has no finished run of {', '.join(missing)}")

@@ -100,8 +100,8 @@ def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
         "B": Arm("patches, then token-level", schedule),
         "C": Arm("token-level, B's compute", token_level, share=cost_of(schedule.parsed_phases)),
         "B-reset": Arm("B, optimizer and schedule reset at the switch (PatchTrain)", schedule, optimizer_changes=reset),
-        "B-slots-0.5": Arm("B, slot i weighs 1 / sqrt(i)", schedule, run_changes={"slot_exponent": 0.5}),
         "B-slots-1": Arm("B, slot i weighs 1 / i", schedule, run_changes={"slot_exponent": 1.0}),
+        "B-slots-1.25": Arm("B, slot i weighs i^-1.25 (TST)", schedule, run_changes={"slot_exponent": 1.25}),
         "TST": Arm("K = 8, r = 0.3 of the steps (TST)", superposition),
         "multi": Arm("K = 8, 4, 2, 1", falling_sizes),
     }
@@ -140,8 +140,8 @@ class ExperimentConfig:
     """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of the budget;
     None leaves a part as it is."""
     arms: tuple[str, ...] = ("A", "B", "C")
-    """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), B-slots-0.5 and B-slots-1 (slot i of a
-    patch weighs i^-0.5 or i^-1), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1), and phases, such as 8:4/7,1:3/7, or
+    """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), B-slots-1 and B-slots-1.25 (slot i of a
+    patch weighs i^-1 or i^-1.25), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1), and phases, such as 8:4/7,1:3/7, or
     1:0.7 (0.7 of A's data, token by token). Arms can be added to an experiment later; finished runs are kept."""
     phases: str = DEFAULT_PHASES
     """B's patch sizes and shares of the data."""

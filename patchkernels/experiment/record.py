@@ -14,15 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from patchkernels.data.corpus import Corpus
 from patchkernels.experiment.comparison import SLOT_LOSSES, TOKEN_LOSS, Result
 from patchkernels.experiment.config import ExperimentConfig
 from patchkernels.experiment.provenance import provenance
 from patchkernels.files import replace_file
-from patchkernels.model.config import PatchLMConfig
-from patchkernels.model.patch_lm import PatchLM
+from patchkernels.model.cost import count_parameters
 from patchkernels.training.processes import choose_device
 
 FINAL_VALUES = ("raw_tokens", "flops", "seconds", "compile_seconds", TOKEN_LOSS, "validation_bits_per_byte")
@@ -70,13 +67,6 @@ def experiment_record(
         },
         **provenance(choose_device(base.run.device)),
     }
-
-
-def count_parameters(architecture: PatchLMConfig) -> int:
-    """The parameters of a model, counted without allocating it."""
-    with torch.device("meta"):
-        model = PatchLM(architecture)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def claim_folder(out: Path, record: dict[str, Any]) -> None:

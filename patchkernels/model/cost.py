@@ -1,4 +1,4 @@
-"""The cost of training a model: FLOPs of a step, and memory on a GPU."""
+"""The size of a model and the cost of training it: parameters, FLOPs of a step, and memory on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from patchkernels.model.config import PatchLMConfig
 from patchkernels.model.patch_lm import PatchLM
 from patchkernels.ops.linear_buffers import LOGITS_BYTES
 from patchkernels.schedule import Schedule
+
+
+def count_parameters(config: PatchLMConfig) -> int:
+    """The parameters of a model, counted without allocating it."""
+    with torch.device("meta"):
+        model = PatchLM(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: int) -> int:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes
 
-from patchkernels.model.cost import count_flops, memory_bytes, step_flops
+from patchkernels.model.cost import count_flops, count_parameters, memory_bytes, step_flops
 from patchkernels.training.config import ModelConfig, ScheduleConfig, check_at_least_one
+from patchkernels.training.evidence import statement
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             "raw_tokens": steps * schedule.batch_size * schedule.row_tokens(phase),
             "flops": steps * flops, "hours": steps * flops / flops_per_hour,
         })  # fmt: skip
-    total_flops = sum(row["flops"] for row in rows)
-    token_level_flops = count_flops(model, 1, context, 1) / context * schedule.raw_tokens(schedule.total_steps)
+    total_flops, raw_tokens = sum(row["flops"] for row in rows), schedule.raw_tokens(schedule.total_steps)
+    token_level_flops = count_flops(model, 1, context, 1) / context * raw_tokens
     return {
         "phases": rows,
         "steps": schedule.total_steps,
@@ -74,6 +75,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "token_level_flops": token_level_flops,
         "cost_in_flops": total_flops / token_level_flops,
         "cost_in_positions": schedule.cost,
+        "tokens_per_parameter": raw_tokens / count_parameters(model),
         "memory_bytes": memory_bytes(model, config.rows_per_gpu, context, config.shards, config.tensor_parallel),
     }
 
@@ -94,3 +96,5 @@ def print_plan(config: PlanConfig) -> None:
     parts = result["memory_bytes"]
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     console.print(f"Memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB a GPU ({listed}).")
+    if any(row["patch_size"] > 1 for row in result["phases"]):
+        console.print(statement(result["tokens_per_parameter"]))

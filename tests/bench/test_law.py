@@ -21,13 +21,12 @@ def main(monkeypatch):
 def write_experiment(folder: Path, parameters: int, tokens: int, losses: dict[tuple[str, float], list[float]]) -> Path:
     """``losses``: of an arm at a learning rate, one for each seed."""
     folder.mkdir(parents=True)
-    (folder / "experiment.json").write_text(json.dumps({"parameters": parameters, "tokens": tokens}))
-    for (arm, lr), of_seeds in losses.items():
-        for seed, loss in enumerate(of_seeds):
-            run = folder / "runs" / f"{arm}-seed{seed}-lr{lr}"
-            run.mkdir(parents=True)
-            result = {"arm": arm, "seed": seed, "lr": lr, "steps": 7, "validation_loss": loss}
-            (run / "result.json").write_text(json.dumps(result))
+    lines = [{"kind": "experiment", "parameters": parameters, "tokens": tokens}] + [
+        {"kind": "run", "arm": arm, "seed": seed, "lr": lr, "steps": 7, "validation_loss": loss}
+        for (arm, lr), of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
@@ -59,7 +58,7 @@ def test_table_and_figure(tmp_path, main):
 
 def test_folders_that_are_no_experiments(tmp_path, capsys, main):
     lacking = write_experiment(tmp_path / "lacking", 1, 1, {("A", 1.0): [1.0], ("B", 1.0): [1.0]})
-    for folder, words in ((tmp_path, "holds no experiment.json"), (lacking, "no finished run of C")):
+    for folder, words in ((tmp_path, "holds no results.jsonl"), (lacking, "no finished run of C")):
         with pytest.raises(SystemExit):
             main([str(tmp_path / "out"), str(folder)])
         assert words in capsys.readouterr().err

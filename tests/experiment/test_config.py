@@ -15,7 +15,7 @@ from patchkernels.training.config import ScheduleConfig, flat_settings
 def test_costs_of_the_arms():
     found = {name: arm.cost for name, arm in arms(ScheduleConfig(phases="4:2/3,1:1/3")).items()}
     assert tuple(found) == ARM_NAMES
-    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "B-slots-0.5": 0.5, "B-slots-1": 0.5,
+    expected = {"A": 1, "B": 0.5, "C": 0.5, "B-reset": 0.5, "B-slots-1": 0.5, "B-slots-1.25": 0.5,
                 "TST": 1 / (0.3 * 8 + 0.7), "multi": 0.5}  # fmt: skip
     assert found == pytest.approx(expected)
 

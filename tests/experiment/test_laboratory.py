@@ -68,8 +68,8 @@ def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
         "B": ("4:2/3,1:1/3", 1536, "data", "carry", "run"),
         "C": ("1:1", 768, "data", "carry", "run"),
         "B-reset": ("4:2/3,1:1/3", 1536, "data", "reset", "phase"),
-        "B-slots-0.5": ("4:2/3,1:1/3", 1536, "data", "carry", "run"),
         "B-slots-1": ("4:2/3,1:1/3", 1536, "data", "carry", "run"),
+        "B-slots-1.25": ("4:2/3,1:1/3", 1536, "data", "carry", "run"),
         "TST": ("8:0.3,1:0.7", 1536, "steps", "carry", "run"),
         "multi": ("8:1/3,4:1/6,2:1/6,1:1/3", 1536, "data", "carry", "run"),
     }
@@ -78,7 +78,7 @@ def test_every_run_is_that_of_its_arm_and_otherwise_the_same(finished):
     found = {arm: tuple(settings[group].pop(key) for group, key in keys) for arm, settings in of_arms.items()}
     assert found == expected
     exponents = {arm: settings["run"].pop("slot_exponent") for arm, settings in of_arms.items()}
-    assert exponents == dict.fromkeys(expected, 0.0) | {"B-slots-0.5": 0.5, "B-slots-1": 1.0}
+    assert exponents == dict.fromkeys(expected, 0.0) | {"B-slots-1": 1.0, "B-slots-1.25": 1.25}
     assert all(settings == of_arms["A"] for settings in of_arms.values())
     assert of_arms["A"]["schedule"]["piece_tokens"] == 16 * 8
 
