@@ -28,6 +28,7 @@ TRAIN = {
     "--qk-norm": ("qk_norm", True),
     "--attention sdpa": ("attention", "sdpa"),
     **SCHEDULE,
+    "--epochs 1.0": ("epochs", 1.0),  # another value is refused beside --tokens
     "--piece-tokens 512": ("piece_tokens", 512),
     "--packed-documents": ("packed_documents", True),
     "--lr 1e-3": ("lr", 1e-3),
@@ -40,6 +41,7 @@ TRAIN = {
     "--weight-decay 0.2": ("weight_decay", 0.2),
     "--clip 2": ("clip", 2.0),
     "--accumulation 4": ("accumulation", 4),
+    "--slot-exponent 0.5": ("slot_exponent", 0.5),
     "--bf16": ("bf16", True),
     "--compile": ("compile", True),
     "--activation-checkpointing": ("activation_checkpointing", True),
@@ -111,6 +113,9 @@ def test_command_line():
         ("train", "--batch-size", "0", 2, "batch_size must be a whole number and at least 1"),
         ("plan", "--batch-size", "0", 1, "batch_size must be a whole number and at least 1"),
         ("experiment", "--batch-size", "0", 2, "batch_size must be positive"),
+        ("train", "--epochs", "0", 2, "epochs must be positive and finite"),
+        ("plan", "--epochs", "2", 1, "give tokens or epochs, not both"),
+        ("train", "--slot-exponent", "nan", 2, "slot_exponent must be finite"),
         ("train", "--data.validation-fraction", "2", 2, "validation_fraction must be between 0 and 1"),
         ("plan", "--tflops", "0", 1, "tflops must be positive"),
     ],
@@ -147,7 +152,7 @@ def test_booleans_can_be_switched_off_and_nones_be_named():
 def test_the_commands_have_their_own_defaults():
     train, plan = settings(parse(["train"])), settings(parse(["plan"]))
     names = ("preset", "tokens", "batch_size", "context")
-    assert [train[name] for name in names] == ["demo", None, 16, 128]
+    assert [train[name] for name in names] == ["0.4m", None, 8, 128]
     assert [plan[name] for name in names] == ["370m", 10e9, 256, 2048]
 
 

@@ -75,6 +75,7 @@ class PatchLMConfig:
 
 
 PRESETS = {
+    "0.4m": PatchLMConfig(4096, 64, 176, 3, 4, max_position_embeddings=256, tie_word_embeddings=True),
     "demo": PatchLMConfig(4096, 128, 352, 4, 4, max_position_embeddings=256, tie_word_embeddings=True),
     "42m": PatchLMConfig(32000, 512, 1376, 8, 8, tie_word_embeddings=True),
     "124m": PatchLMConfig(50257, 768, 2048, 12, 12, tie_word_embeddings=True),  # GPT-2 small in LLaMA's shape

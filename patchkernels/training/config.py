@@ -65,8 +65,8 @@ def check_batch_size(rows: int, parts: int, processes: int = 1) -> None:
 class ModelConfig:
     """The model that is trained."""
 
-    preset: Annotated[str, arg(name="model")] = "demo"
-    """A preset (demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b or 70b), a preset with changes
+    preset: Annotated[str, arg(name="model")] = "0.4m"
+    """A preset (0.4m, demo, 42m, 124m, 370m, 780m, 1.3b, 2.7b, 8b or 70b), a preset with changes
     (demo:hidden_size=64,num_hidden_layers=3), or a JSON file such as a config.json of a LLaMA. The size of the
     vocabulary is that of the data, if there are data."""
     qk_norm: bool = False
@@ -86,14 +86,16 @@ class ScheduleConfig:
     """How much text the run reads, in which patch sizes, and how much of it in each step."""
 
     tokens: float | None = None
-    """Raw tokens that the run reads. None: as many as the corpus has, so that train reads it once."""
+    """Raw tokens that the run reads. None: as many as the corpus has, times the epochs."""
+    epochs: float = 1.0
+    """How many times train reads the corpus, if the tokens are None."""
     phases: str = DEFAULT_PHASES
     """The phases in order, each as patch size:share."""
     shares_of: str = "data"
     """The quantity that the shares divide: data (lambda in PatchTrain) or steps (r in TST)."""
     convention: str = "positions"
     """The quantity that is equal in all steps: positions (every step then costs the same FLOPs) or tokens (raw)."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows of a step, summed over all processes."""
     context: int = 128
     """Positions of a row in the token phase."""
@@ -106,6 +108,10 @@ class ScheduleConfig:
         check_at_least_one(self, "batch_size", "context")
         if self.tokens is not None and not 0 < self.tokens < math.inf:
             raise ValueError(f"tokens must be positive and finite, got {self.tokens}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs must be positive and finite, got {self.epochs}")
+        if self.tokens is not None and self.epochs != 1.0:
+            raise ValueError(f"give tokens or epochs, not both; got {self.tokens:g} and {self.epochs:g}")
 
     @functools.cached_property
     def parsed_phases(self) -> tuple[Phase, ...]:
@@ -113,12 +119,12 @@ class ScheduleConfig:
         return parse_phases(self.phases, self.shares_of, self.convention)
 
     def schedule(self, corpus_tokens: int = 0) -> Schedule:
-        """The steps of the phases for ``tokens`` raw tokens, or for ``corpus_tokens`` if ``tokens`` is None.
+        """The steps of the phases for ``tokens`` raw tokens; if these are None, for ``epochs`` times ``corpus_tokens``.
 
         Raises:
             ValueError: the phases are invalid, or do not fit these numbers of tokens, rows and positions.
         """
-        tokens = int(self.tokens or corpus_tokens)
+        tokens = int(self.tokens or self.epochs * corpus_tokens)
         return Schedule(
             self.parsed_phases, tokens, self.batch_size, self.context, self.convention, self.piece_tokens or 0
         )

@@ -120,6 +120,19 @@ def test_the_slots_of_a_patch_weigh_as_the_settings_say(config, exponent):
         torch.testing.assert_close(run.loss(*rows, patch_size), expected, rtol=1e-5, atol=0)
 
 
+def test_epochs(config):
+    """As many tokens as the corpus has, times the epochs, in whole steps."""
+    settings = changed(config, tokens=None, epochs=1.5)
+    corpus = prepare(settings.data)
+    schedule = settings.schedule.schedule(len(corpus.train))
+    assert 1.5 * len(corpus.train) == pytest.approx(schedule.raw_tokens(schedule.total_steps), abs=200)
+    with pytest.raises(ValueError, match="give tokens or epochs, not both; got 1536 and 2"):
+        changed(config, tokens=1536.0, epochs=2.0)
+    for epochs in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="epochs must be positive and finite, got"):
+            changed(config, tokens=None, epochs=epochs)
+
+
 def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend="aot_eager", **o))
