@@ -112,6 +112,9 @@ def draw(points: list[Point], file: Path) -> None:
             y = [statistics.mean(values_of(point)) for point in of_model]
             errors = [half_width(mean_of(values_of(point))) for point in of_model]
             axis.errorbar(x, y, errors, color=f"C{number}", marker="o", capsize=3, label=f"{parameters:,} parameters")
+        means = [statistics.mean(values) for point in points if (values := values_of(point))]
+        margin = 0.25 * (max(means) - min(means)) or 0.1
+        axis.set_ylim(min(means) - margin, max(means) + margin)  # an interval of two seeds may reach far beyond
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_xlabel("tokens a parameter (A)")

@@ -13,6 +13,7 @@ the shares of the data are
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,18 +131,18 @@ class Schedule:
         """Positions of a row."""
         return self.row_tokens(phase) // phase.patch_size
 
-    @property
+    @functools.cached_property
     def steps(self) -> list[int]:
         """Optimizer steps of each phase. Rounding the phases' ends, not their lengths, keeps errors from adding up."""
         exact = [phase.share * self.total_tokens / (self.batch_size * self.row_tokens(phase)) for phase in self.phases]
         ends = [round(end) for end in accumulate(exact)]
         return [end - start for start, end in zip([0, *ends], ends)]
 
-    @property
+    @functools.cached_property
     def total_steps(self) -> int:
         return sum(self.steps)
 
-    @property
+    @functools.cached_property
     def starts(self) -> list[int]:
         """The first step of each phase."""
         return [0, *accumulate(self.steps)][:-1]

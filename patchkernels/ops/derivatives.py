@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,14 @@ def transforms() -> tuple[str, ...]:
 # torch.compile calls the function while it traces, and takes the result for a constant. This is all that
 # torch.compiler.assume_constant_result does, but calling that here would import torch._dynamo, and with it much else.
 transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class Function(torch.autograd.Function):
+    """An ``autograd.Function`` that keeps the signature of its forward, which torch asks for in every call."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def first_derivative_only(backward: Backward) -> Backward:

@@ -20,7 +20,7 @@ import patchkernels.ops.linear_row_chunks
 import patchkernels.ops.linear_vocab_shards  # noqa: F401
 from patchkernels.numerics import IGNORE_INDEX, LossOptions, check_float_dtype
 from patchkernels.ops.backend import choose_backend
-from patchkernels.ops.derivatives import check_transforms, first_derivative_only, transforms
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, transforms
 from patchkernels.ops.linear_buffers import LOGITS_BYTES, LOGITS_BYTES_LOSS_ONLY, power_of_two_scale
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_losses, weigh_targets
@@ -179,7 +179,7 @@ class _Call(NamedTuple):
         return results
 
 
-class _LinearLoss(torch.autograd.Function):
+class _LinearLoss(Function):
     """The weighted sum ``sum c l``. The forward computes its gradients, and the backward only scales them."""
 
     @staticmethod
@@ -208,7 +208,7 @@ class _LinearLoss(torch.autograd.Function):
         return *_scale_gradients(grads, grad * scale, ctx.call.needs, ctx.dtype), None, None, None
 
 
-class _LinearLosses(torch.autograd.Function):
+class _LinearLosses(Function):
     """The losses of all targets, ``l (N, K)``.
 
     ``c``, the gradient with respect to them, is known only in the backward, which therefore computes the logits again.

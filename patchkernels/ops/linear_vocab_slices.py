@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, new_statistics, row_losses
 from patchkernels.ops.backend import implementation
-from patchkernels.ops.derivatives import first_derivative_only
+from patchkernels.ops.derivatives import Function, first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
 from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
 
@@ -54,7 +54,7 @@ def slice_columns(vocab: int, column_bytes: int, budget: int) -> int:
     return min(max(most // multiple, 1) * multiple, vocab)
 
 
-class _VocabSliceLosses(torch.autograd.Function):
+class _VocabSliceLosses(Function):
     """``l (N, K)`` and statistics ``(2, N)``; the backward computes the logits once more."""
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import check_transforms, first_derivative_only
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only
 from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
 
 
@@ -80,7 +80,7 @@ def patch_cross_entropy(
     return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
-class _PatchCrossEntropy(torch.autograd.Function):
+class _PatchCrossEntropy(Function):
     """Maps logits and targets to ``l (N, K)`` and statistics ``(2, N)``; the backward reads the logits once more."""
 
     @staticmethod

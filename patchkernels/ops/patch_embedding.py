@@ -23,7 +23,7 @@ from patchkernels.numerics import (
     inverse_counts,
 )
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import check_transforms, first_derivative_only
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -98,7 +98,7 @@ def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None
         raise ValueError(f"input_ids is on {input_ids.device} but weight is on {weight.device}")
 
 
-class _PatchEmbedding(torch.autograd.Function):
+class _PatchEmbedding(Function):
     """Patch embedding with a table that this process holds whole."""
 
     @staticmethod
@@ -120,7 +120,7 @@ class _PatchEmbedding(torch.autograd.Function):
         return None, op(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend), None, None
 
 
-class _ShardedPatchEmbedding(torch.autograd.Function):
+class _ShardedPatchEmbedding(Function):
     """Patch embedding with a table whose rows are sharded over processes.
 
     The lookup in the shard is PyTorch code in every backend; the gradient is the backend's.

@@ -88,6 +88,7 @@ class Run:
         self.compiled_model: Any = torch.compile(model, dynamic=False) if config.compile else model
         self.objective = Objective(self.model)
         self.optimizers, self.warms_up = list(optimizers), warms_up
+        self.parameters = list(self.model.parameters())
         self.trained = [parameter for group in self.groups for parameter in group["params"]]
         self.fresh_states: list[dict[str, Any]] = []  # of the optimizers, if they are reset
         if config.optimizer_at_switch == "reset":
@@ -144,7 +145,7 @@ class Run:
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.loss(*self.read()[0], self.phase.patch_size).backward()
-        self.model.zero_grad(set_to_none=True)
+        self.clear_gradients()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.compile_seconds += time.perf_counter() - began
@@ -196,9 +197,14 @@ class Run:
             )
         for optimizer in self.optimizers:
             optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        self.clear_gradients()
         self.step += 1
         return {"loss": mean_loss, "grad_norm": mean_norm, "lr": rates[0]}
+
+    def clear_gradients(self) -> None:
+        """Also those of parameters that no optimizer has."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def shares(self, parts: list[Rows], phase: Phase) -> list[float]:
         """The weight of each part's mean loss within the loss of the step.
