@@ -75,7 +75,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "token_level_flops": token_level_flops,
         "cost_in_flops": total_flops / token_level_flops,
         "cost_in_positions": schedule.cost,
-        "tokens_per_parameter": raw_tokens / count_parameters(model),
+        "parameters": (parameters := count_parameters(model)),
+        "tokens_per_parameter": raw_tokens / parameters,
         "memory_bytes": memory_bytes(model, config.rows_per_gpu, context, config.shards, config.tensor_parallel),
     }
 
@@ -97,4 +98,4 @@ def print_plan(config: PlanConfig) -> None:
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     console.print(f"Memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB a GPU ({listed}).")
     if any(row["patch_size"] > 1 for row in result["phases"]):
-        console.print(statement(result["tokens_per_parameter"]))
+        console.print(statement(result["parameters"], result["tokens_per_parameter"]))

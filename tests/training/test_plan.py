@@ -7,7 +7,8 @@ import math
 import pytest
 
 from patchkernels.training.config import ModelConfig, ScheduleConfig
-from patchkernels.training.plan import PlanConfig, plan
+from patchkernels.training.evidence import OBSERVATIONS, nearest, statement
+from patchkernels.training.plan import PlanConfig, plan, print_plan
 
 
 def test_plan():
@@ -18,6 +19,29 @@ def test_plan():
     assert result["cost_in_flops"] == pytest.approx(0.5, rel=0.02)
     assert result["hours"] == pytest.approx(result["flops"] / 2e14 / 3600)
     assert result["memory_bytes"]["parameters"] == pytest.approx(4 * 123.6e6, rel=0.01)
+
+
+def test_a_run_is_compared_with_the_nearest_that_was_made(capsys):
+    observations = [(seen.parameters, seen.tokens_per_parameter) for seen in OBSERVATIONS]
+    assert all(nearest(*place) == (seen, 0.0) for place, seen in zip(observations, OBSERVATIONS))
+    assert len(set(observations)) == len(observations)
+    assert {seen.outcome for seen in OBSERVATIONS} == {"won", "tied", "lost"}
+
+    small = "demo:hidden_size=32,intermediate_size=88,num_hidden_layers=2,num_attention_heads=2,vocab_size=512"
+    schedule = ScheduleConfig(tokens=8e5, context=128)
+    result = plan(PlanConfig(ModelConfig(small), schedule))
+    assert result["parameters"] == 41_632
+    assert result["tokens_per_parameter"] == pytest.approx(8e5 / 41_632, rel=0.01)
+    print_plan(PlanConfig(ModelConfig(small), schedule))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "The run reads 19.2 tokens a parameter." in words
+    assert "41,632 parameters and 16.5 tokens a parameter, patches lost (docs/method.md)." in words
+    assert "far from this run" not in words
+
+    assert "patches won (PatchTrain" in statement(300_000_000, 800)
+    assert "far from this run" in statement(41_632, 1e5)
+    print_plan(PlanConfig(ModelConfig(small), ScheduleConfig(tokens=8e5, context=128, phases="1:1")))
+    assert "tokens a parameter" not in capsys.readouterr().out, "a run without patches"
 
 
 def test_bad_input():
