@@ -31,6 +31,7 @@ OBSERVATIONS = (
     Observation(OURS, 41_632, 16.5, -0.261, -0.035),
     Observation(OURS, 41_632, 49.6, -0.129, -0.026),
     Observation(OURS, 41_632, 99.8, -0.076, 0.011),
+    Observation(OURS, 41_632, 331, -0.048, 0.017),
     Observation(OURS, 1_328_256, 1.04, -0.391, -0.056),
     Observation(OURS, 1_328_256, 4.14, -4.076, 4.203),
     Observation(OURS, 1_328_256, 16.6, -0.031, -0.031),

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 from checkout import CHECKOUT
 
+from patchkernels.experiment.comparison import Mean, mean_of
+from patchkernels.training.evidence import OBSERVATIONS, OURS
+
 
 @pytest.fixture
-def main(monkeypatch):
-    """The script's function. ``bench`` is not installed."""
+def law(monkeypatch):
+    """The script. ``bench`` is not installed."""
     monkeypatch.syspath_prepend(str(CHECKOUT))
     from bench import law
 
+    return law
+
+
+@pytest.fixture
+def main(law):
     return law.main
+
+
+def test_the_observations_of_plan_are_those_of_the_published_experiments(law):
+    """Every experiment that the table in bench/results names, as ``plan`` knows it."""
+    folder = CHECKOUT / "bench" / "results" / "amd-epyc" / "law"
+    reports = re.findall(r"\]\(([^)]*)/report\.md\)", (folder / "law.md").read_text())
+    expected = set()
+    for report in reports:
+        point = law.read_point(folder / report)
+        gains = point.gains()
+        mean = mean_of(gains) or Mean(gains[0], gains[0], gains[0], math.nan)
+        tokens = float(f"{point.tokens_per_parameter:.3g}")
+        expected.add((point.parameters, tokens, round(mean.low, 3), round(mean.high, 3)))
+    assert {tuple(seen)[1:] for seen in OBSERVATIONS if seen.source == OURS} == expected
 
 
 def write_experiment(folder: Path, parameters: int, tokens: int, losses: dict[tuple[str, float], list[float]]) -> Path:
