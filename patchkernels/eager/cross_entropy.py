@@ -134,7 +134,7 @@ def _losses_and_softmax_(
     slope = _cap_(z, options.softcap)
     largest = z.amax(1)
     picked = z.gather(1, target.clamp(0, z.shape[1] - 1).long())
-    below = (z - largest.unsqueeze(1)).sum(1) if options.label_smoothing else torch.zeros_like(largest)
+    below = z.sub_(largest.unsqueeze(1)).sum(1) if options.label_smoothing else torch.zeros_like(largest)
     torch.softmax(z, 1, out=z)
     statistics = torch.stack([largest, z.amax(1).reciprocal_(), below])
     return row_losses(statistics, picked, target, z.shape[1], options), statistics[:2], slope
