@@ -108,6 +108,7 @@ def arms(schedule: ScheduleConfig) -> dict[str, Arm]:
 
 
 ARM_NAMES = tuple(arms(ScheduleConfig()))
+MAIN_ARMS = ("A", "B", "C")  # every experiment has them
 
 
 def arm_of_phases(phases: str, schedule: ScheduleConfig) -> Arm:
@@ -139,7 +140,7 @@ class ExperimentConfig:
     budget: str = "cpu"
     """cpu: 25 minutes on 2 cores; gpu: calls of 9 minutes on an H200. The options below replace parts of the budget;
     None leaves a part as it is."""
-    arms: tuple[str, ...] = ("A", "B", "C")
+    arms: tuple[str, ...] = MAIN_ARMS
     """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), B-slots-1 and B-slots-1.25 (slot i of a
     patch weighs i^-1 or i^-1.25), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1), and phases, such as 8:4/7,1:3/7, or
     1:0.7 (0.7 of A's data, token by token). Arms can be added to an experiment later; finished runs are kept."""
@@ -159,7 +160,7 @@ class ExperimentConfig:
     lr: float | None = None
     """The learning rate that tuning starts from. With --no-tune it is the rate of all runs."""
     tune: bool = True
-    """Tune the learning rate on A, then on B and C: try rates a factor of 2 apart, until the best one lies between two
+    """Tune the learning rate on A, B and C: try rates a factor of 2 apart, until the best one lies between two
     others. All arms are compared at A's best rate, and B and C also run at their own."""
     warmup: float = 0.05
     """Share of A's steps over which the learning rate rises. The other arms warm up over the same number of steps."""
@@ -183,7 +184,7 @@ class ExperimentConfig:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {tuple(BUDGETS)}, got {self.budget!r}")
         unknown = [name for name in self.arms if name not in ARM_NAMES and ":" not in name]
-        if unknown or not {"A", "B", "C"} <= set(self.arms):
+        if unknown or not set(MAIN_ARMS) <= set(self.arms):
             raise ValueError(f"arms must be A, B, C, others of {ARM_NAMES} and phases, got {self.arms}")
         for name in ("tokens", "batch_size", "context", "lr", "seeds", "eval_every", "minutes", "jobs"):
             value = getattr(self, name)

@@ -26,7 +26,7 @@ from rich.console import Console
 from patchkernels.data.batches import validation_rows
 from patchkernels.data.corpus import Corpus
 from patchkernels.experiment.comparison import TOKEN_LOSS, Result
-from patchkernels.experiment.config import ExperimentConfig
+from patchkernels.experiment.config import MAIN_ARMS, ExperimentConfig
 from patchkernels.experiment.record import (
     claim_folder,
     experiment_record,
@@ -110,32 +110,32 @@ class Laboratory:
             shutil.rmtree(file.parent / "checkpoints", ignore_errors=True)
 
     def run_all(self) -> None:
-        """Tunes the learning rate on A, then on B and C, and runs all arms at A's best rate, seed after seed.
+        """Tunes the learning rate on A, B and C, and runs all arms at A's best rate, seed after seed.
 
         Of B and C, whose best rates may be others, all seeds are also run at these.
         """
         self.lr = lr = self.budget.base.optimizer.lr
         rates: dict[str, float] = {}
         if self.config.tune:
-            self.lr = lr = self.tune(("A",), lr)["A"]
-            rates = self.tune(("B", "C"), lr)
+            rates = self.tune(lr)
+            self.lr = lr = rates["A"]
         seeds = range(self.budget.seeds)
         wanted = [(name, seed, lr) for seed in seeds for name in self.config.arms]
         self.make(wanted + [(name, seed, rate) for seed in seeds for name, rate in rates.items()])
 
-    def tune(self, names: tuple[str, ...], lr: float) -> dict[str, float]:
-        """For each arm the learning rate at which its final loss is lowest, tried until it lies between two others.
+    def tune(self, lr: float) -> dict[str, float]:
+        """For A, B and C the learning rate at which the final loss is lowest, tried until it lies between two others.
 
         After ``MOST_RATES`` rates it is the best of them, even if that is the lowest or the highest rate.
 
         Raises:
             NonFiniteError: an arm diverged at every rate.
         """
-        tried = {name: [lr, lr / 2, 2 * lr] for name in names}
+        tried = {name: [lr, lr / 2, 2 * lr] for name in MAIN_ARMS}
         while True:
-            self.make([(name, 0, rate) for name in names for rate in tried[name]])
-            losses = {name: {rate: self.final_loss(name, 0, rate) for rate in tried[name]} for name in names}
-            beyond = {name: rate for name in names if (rate := beyond_best(losses[name]))}
+            self.make([(name, 0, rate) for name, rates in tried.items() for rate in rates])
+            losses = {name: {rate: self.final_loss(name, 0, rate) for rate in rates} for name, rates in tried.items()}
+            beyond = {name: rate for name, of_rates in losses.items() if (rate := beyond_best(of_rates))}
             if not beyond:
                 break
             for name, rate in beyond.items():

@@ -29,11 +29,11 @@ from patchkernels.experiment.comparison import (
     same_compute,
     token_level_at_equal_compute,
 )
+from patchkernels.experiment.config import MAIN_ARMS
 from patchkernels.experiment.figures import draw_cost, draw_loss, draw_slots, has_slot_losses
 from patchkernels.files import replace_file
 from patchkernels.training.config import OptimizerConfig
 
-MAIN_ARMS = ("A", "B", "C")
 RECOVERY_ROWS = 12  # of a table of evaluations since the switch that are not at a power of two
 
 

@@ -91,7 +91,7 @@ def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
     for arm in ("B", "C"):
         tried = {run["lr"] / lr: run["validation_loss"] for run in runs if run["arm"] == arm and run["seed"] == 0}
         best = min(tried, key=tried.get)
-        assert {0.5, 1, 2} <= set(tried), "A's best rate and its neighbours"
+        assert {rate * LR / lr for rate in (0.5, 1, 2)} | {1} <= set(tried), "the first three, and A's best rate"
         assert len(tried) == 5 or min(tried) < best < max(tried)
         assert {run["seed"] for run in runs if run["arm"] == arm and run["lr"] == best * lr} == {0, 1}
     assert len({run["lr"] for run in runs if run["arm"] == "A"}) >= 3
@@ -186,27 +186,30 @@ def test_not_under_torchrun(config, monkeypatch):
 
 
 def test_tuning_goes_on_until_the_best_rate_is_between_two_others(monkeypatch):
-    asked = []
+    asked = {}
 
-    def tuned(best: float) -> float:
+    def tuned(**best: float) -> dict[str, float]:
         laboratory = object.__new__(Laboratory)
         laboratory.budget = dataclasses.replace(
             BUDGETS["cpu"], base=dataclasses.replace(BUDGETS["cpu"].base, optimizer=OptimizerConfig(lr=1e-3))
         )
         asked.clear()
         monkeypatch.setattr(Laboratory, "make", lambda self, wanted: None)
-        monkeypatch.setattr(
-            Laboratory, "final_loss", lambda self, name, seed, lr: (asked.append(lr), abs(math.log(lr / best)))[1]
-        )
-        return laboratory.tune(("A",), 1e-3)["A"]
 
-    assert tuned(1e-3) == 1e-3
-    assert sorted(set(asked)) == [5e-4, 1e-3, 2e-3]
-    assert tuned(4e-3) == 4e-3
-    assert sorted(set(asked)) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert tuned(2.5e-4) == 2.5e-4
-    assert sorted(set(asked)) == [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]
-    assert tuned(1.0) == 8e-3, "no more than five"
+        def final_loss(self: Laboratory, name: str, seed: int, lr: float) -> float:
+            asked.setdefault(name, set()).add(lr)
+            return abs(math.log(lr / best[name]))
+
+        monkeypatch.setattr(Laboratory, "final_loss", final_loss)
+        return laboratory.tune(1e-3)
+
+    assert tuned(A=1e-3, B=4e-3, C=2.5e-4) == {"A": 1e-3, "B": 4e-3, "C": 2.5e-4}
+    assert asked == {
+        "A": {5e-4, 1e-3, 2e-3},
+        "B": {5e-4, 1e-3, 2e-3, 4e-3, 8e-3},
+        "C": {1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3},
+    }
+    assert tuned(A=1.0, B=1e-3, C=1e-3)["A"] == 8e-3, "no more than five"
 
 
 def test_a_rate_at_which_a_run_diverges_is_not_chosen(config, monkeypatch):
