@@ -10,7 +10,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ pytestmark = pytest.mark.benchmark(timer=replay)
 PLAIN = "plain loop"
 CONTENDERS = (OURS, f"{OURS}, compiled", PLAIN, f"{PLAIN}, compiled")
 STEPS = 10  # of a call
+_folders = tempfile.TemporaryDirectory()  # of the runs' logs; it is removed when the process ends
 MOST_STEPS = 1000  # that the text is long enough for
 
 
@@ -91,14 +91,13 @@ def our_run(shape: shapes.Loop, ids: np.ndarray[Any, Any], on: torch.device, com
     unused: Any = None  # tokenizer and its file: the run is never finished
     corpus = Corpus(tokens, tokens, unused, unused, shape.vocab_size, 0, 1.0, "random", {}, "random")
     config = TrainConfig(
-        run=RunConfig(out=tempfile.mkdtemp(), compile=compiled, bf16=on.type == "cuda"),
+        run=RunConfig(out=tempfile.mkdtemp(dir=_folders.name), compile=compiled, bf16=on.type == "cuda"),
         model=ModelConfig(shape.model),
         schedule=ScheduleConfig(phases="1:1", batch_size=shape.rows, context=shape.context),
         optimizer=OptimizerConfig(lr=1e-3),
         checkpoint=CheckpointConfig(save_every=10**9),
         log=LogConfig(log_every=LOG_EVERY, eval_every=10**9),
     )
-    Path(config.run.out).mkdir(exist_ok=True)
     return prepare_run(config, corpus, Processes(on), StopRequest(None))
 
 

@@ -3,7 +3,7 @@
     python -m bench.law OUT EXPERIMENT [EXPERIMENT ...]
 
 Every EXPERIMENT is a folder that ``patchkernels experiment`` wrote, of which results.jsonl is read. OUT gets law.md and
-law.png. Each arm is compared at the best of its own learning rates.
+law.png. Each arm is compared at the best of the learning rates that it was tried at, and over the seeds of all three.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Point(NamedTuple):
     folder: Path
     parameters: int
     tokens_per_parameter: float  # of arm A
-    groups: Groups  # the runs of A, B and C, each arm at its own best rate
+    groups: Groups  # the runs of A, B and C, each arm at its own best rate, of the seeds that all three have
+    rates: int  # that every arm was tried at; the least of the three
 
     def gains(self) -> list[float]:
         """``L_C - L_B`` for each seed."""
         return differences(self.groups["C"], self.groups["B"])
 
     def rhos(self) -> list[float]:
-        """ρ for each seed at which A is better than C."""
-        losses = [{run["seed"]: run[TOKEN_LOSS] for run in self.groups[arm]} for arm in "ABC"]
-        seeds = set(losses[0]).intersection(*losses)
-        values = [recovered_share(*(of_arm[seed] for of_arm in losses)) for seed in sorted(seeds)]
-        return [value for value in values if value is not None]
+        """ρ for each seed. Nothing if A is not better than C at all of them: a mean over some would mislead."""
+        runs = zip(*(self.groups[arm] for arm in "ABC"))
+        values = [recovered_share(*(float(run[TOKEN_LOSS]) for run in of_seed)) for of_seed in runs]
+        return [] if None in values else [value for value in values if value is not None]
 
 
 def read_point(folder: Path) -> Point:
@@ -54,12 +54,19 @@ def read_point(folder: Path) -> Point:
     file = folder / "results.jsonl"
     if not file.is_file():
         raise ValueError(f"{folder} holds no results.jsonl: expected the folder of an experiment")
-    record, *lines = [json.loads(line) for line in file.read_text().splitlines()]
-    results = [line for line in lines if line["kind"] == "run"]
+    try:
+        record, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+        parameters, tokens = record["parameters"], record["tokens"]
+        results = [line for line in lines if line["kind"] == "run"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
     groups = runs_at_best_rates(results)
     if missing := [arm for arm in "ABC" if arm not in groups]:
         raise ValueError(f"{folder} has no finished run of {', '.join(missing)}")
-    return Point(folder, record["parameters"], record["tokens"] / record["parameters"], groups)
+    seeds = set.intersection(*({run["seed"] for run in groups[arm]} for arm in "ABC"))
+    common = {arm: [run for run in groups[arm] if run["seed"] in seeds] for arm in "ABC"}
+    rates = min(len({run["lr"] for run in results if run["arm"] == arm}) for arm in "ABC")
+    return Point(folder, parameters, tokens / parameters, common, rates)
 
 
 def with_interval(values: list[float], form: str = "+.3f") -> str:
@@ -80,12 +87,25 @@ def table_of(points: list[Point], out: Path) -> str:
             f"[{point.tokens_per_parameter:.3g}]({link(point.folder, out)})",
             f"{point.groups['B'][0]['steps']:,}",
             str(len(point.gains())),
+            str(point.rates),
             *(f"{loss:.3f}" for loss in losses),
             with_interval(point.gains()),
             f"{gain.p_value:.2g}" if gain else "",
             with_interval(point.rhos(), "+.2f"),
         ])  # fmt: skip
-    columns = ["parameters", "tokens a parameter", "steps of B and C", "seeds", "A", "B", "C", "L_C - L_B", "p", "ρ"]
+    columns = [
+        "parameters",
+        "tokens a parameter",
+        "steps of B and C",
+        "seeds",
+        "rates tried",
+        "A",
+        "B",
+        "C",
+        "L_C - L_B",
+        "p",
+        "ρ",
+    ]
     return table(columns, rows)
 
 
@@ -112,11 +132,12 @@ def draw(points: list[Point], file: Path) -> None:
             y = [statistics.mean(values_of(point)) for point in of_model]
             errors = [half_width(mean_of(values_of(point))) for point in of_model]
             axis.errorbar(x, y, errors, color=f"C{number}", marker="o", capsize=3, label=f"{parameters:,} parameters")
-        means = [statistics.mean(values) for point in points if (values := values_of(point))]
+        means = [0.0] + [statistics.mean(values) for point in points if (values := values_of(point))]
         margin = 0.25 * (max(means) - min(means)) or 0.1
         axis.set_ylim(min(means) - margin, max(means) + margin)  # an interval of two seeds may reach far beyond
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xscale("log")
+        if len(means) > 1:  # matplotlib has no logarithmic axis of nothing
+            axis.set_xscale("log")
         axis.set_xlabel("tokens a parameter (A)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -142,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([
         "# Patches against tokens a parameter",
-        "Token-level validation losses in nats, means over the seeds, each arm at the best of its own learning rates. "
+        "Token-level validation losses in nats, means over the seeds, each arm at the best of the learning rates that "
+        "it was tried at with the first seed, which is also among the seeds of the mean. "
         f"In brackets: {CONFIDENCE:.0%} intervals of the means over seeds; p: of a paired t test of C against B. "
         "A: token-level, all data. B: patches, then token-level. C: token-level, B's compute. "
         "ρ = (L_C - L_B) / (L_C - L_A).",

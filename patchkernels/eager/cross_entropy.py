@@ -102,8 +102,9 @@ def slice_gradient_(
     z = logits.to(accumulation_dtype(logits.dtype))
     slope = _cap_(z, options.softcap)
     largest, total = statistics.unsqueeze(2).unbind()
-    probabilities = z.sub_(largest).exp_().div_(total)
-    return _gradient_(probabilities, target, c, statistics, slope, options, first, vocab).to(logits.dtype)
+    exponentials = z.sub_(largest).exp_()
+    dz = _gradient_(exponentials, target, c, statistics, slope, options, first, vocab, total=total)
+    return dz.to(logits.dtype)
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:  # (rows, V)
@@ -174,7 +175,7 @@ def _exponentials_(
 
 
 def _gradient_(
-    probabilities: Tensor,  # (n, v), exp(z - max) / sum exp(z - max), for the classes from ``first`` on
+    exponentials: Tensor,  # (n, v), exp(z - max) of the classes from ``first`` on, divided by ``total`` if that is None
     target: Tensor,  # (n, K)
     c: Tensor,  # (n, K), dL/dl
     statistics: Tensor,  # (2, n): max z, sum exp(z - max)
@@ -182,18 +183,20 @@ def _gradient_(
     options: LossOptions,
     first: int = 0,
     vocab: int | None = None,  # None: all classes are here
+    total: Tensor | None = None,  # (n, 1), sum exp(z - max)
 ) -> Tensor:  # (n, v)
     """``dz = slope ((sum_k c_k) (p (1 + 2 z_loss_weight lse) - e/V) - (1-e) sum_k c_k onehot(t_k))``.
 
-    ``e`` is ``label_smoothing``. A row whose ``c`` are all 0 has the gradient 0, whatever its logits are. Overwrites
-    the probabilities with the gradient.
+    ``p = exp(z - max) / total``, and ``e`` is ``label_smoothing``. A row whose ``c`` are all 0 has the gradient 0,
+    whatever its logits are. Overwrites the exponentials with the gradient.
     """
-    dz = probabilities
+    dz = exponentials
     c = c.masked_fill(target == options.ignore_index, 0)
-    factor = total_c = c.sum(1, keepdim=True)
+    total_c = c.sum(1, keepdim=True)
+    factor = total_c if total is None else total_c / total
     if options.z_loss_weight:
-        largest, total = statistics.unsqueeze(2).unbind()
-        factor = factor * (1 + 2 * options.z_loss_weight * (largest + total.log()))
+        largest, sums = statistics.unsqueeze(2).unbind()
+        factor = factor * (1 + 2 * options.z_loss_weight * (largest + sums.log()))
     dz.mul_(factor)
     if options.label_smoothing:
         dz.sub_(total_c * (options.label_smoothing / (vocab or dz.shape[1])))

@@ -90,8 +90,9 @@ def is_token_level(runs: list[Result]) -> bool:
 
 def token_level_at_equal_compute(arm: str, groups: Groups) -> str | None:
     """The name of the token-level arm that has the compute of this arm; None if there is none."""
-    names = [name for name, runs in groups.items() if is_token_level(runs) and same_compute(groups[arm][0], runs[0])]
-    return names[0] if names else None
+    run = groups[arm][0]
+    names = [name for name, runs in groups.items() if is_token_level(runs) and same_compute(run, runs[0])]
+    return min(names, key=lambda name: abs(float(groups[name][0]["flops"] - run["flops"])), default=None)
 
 
 def rho(groups: Groups, arm: str) -> dict[int, float | None]:

@@ -115,12 +115,14 @@ def arm_of_phases(phases: str, schedule: ScheduleConfig) -> Arm:
     """The arm called by its phases, such as ``"8:4/7,1:3/7"``, or ``"1:0.7"``: 0.7 of A's data, token by token.
 
     Raises:
-        ValueError: these are not phases, or their shares add up to more than 1.
+        ValueError: these are not phases, the last one is not token-level, or the shares add up to more than 1.
     """
     parts = [parse_phase(part) for part in phases.split(",")]
     total = sum(part.share for part in parts)
     if not total <= 1 + 1e-3 or any(part.patch_size < 1 or not part.share > 0 for part in parts):
         raise ValueError(f"phases of an arm need patch sizes of at least 1 and shares of at most 1, got {phases!r}")
+    if parts[-1].patch_size != 1:
+        raise ValueError(f"the last phase of an arm must be token-level, as in '8:4/7,1:3/7'; got {phases!r}")
     share = 1.0 if total > 1 - 1e-3 else total
     scaled = ",".join(f"{part.patch_size}:{part.share / total!r}" for part in parts)
     title = "" if share == 1.0 else f"{share:g} of the data"
@@ -143,7 +145,8 @@ class ExperimentConfig:
     arms: tuple[str, ...] = MAIN_ARMS
     """A, B, C, and any of B-reset (optimizer and schedule reset at the switch), B-slots-1 and B-slots-1.25 (slot i of a
     patch weighs i^-1 or i^-1.25), TST (K = 8, r = 0.3), multi (K = 8, 4, 2, 1), and phases, such as 8:4/7,1:3/7, or
-    1:0.7 (0.7 of A's data, token by token). Arms can be added to an experiment later; finished runs are kept."""
+    1:0.7 (0.7 of A's data, token by token). Arms can be added to an experiment later, if their patch sizes divide 8 or
+    another one in it; finished runs are kept."""
     phases: str = DEFAULT_PHASES
     """B's patch sizes and shares of the data."""
     data: DataConfig = field(default_factory=DataConfig)

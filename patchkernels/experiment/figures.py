@@ -68,7 +68,7 @@ def draw_cost(file: Path, groups: Groups) -> None:
     figure, (axis,) = _figure(columns=1, width=8, height=5)
     token_level: list[tuple[float, float]] = []
     for number, (arm, runs) in enumerate(groups.items()):
-        cost, losses = runs[0]["flops"] / groups.get("A", runs)[0]["flops"], [float(run[TOKEN_LOSS]) for run in runs]
+        cost, losses = runs[0]["flops"] / groups["A"][0]["flops"], [float(run[TOKEN_LOSS]) for run in runs]
         mean = mean_of(losses)
         error = None if mean is None else (mean.high - mean.low) / 2
         style: dict[str, Any] = {"color": "black"} if is_token_level(runs) else {"color": f"C{number}", "label": arm}

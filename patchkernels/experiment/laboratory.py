@@ -30,6 +30,7 @@ from patchkernels.experiment.config import MAIN_ARMS, ExperimentConfig
 from patchkernels.experiment.record import (
     claim_folder,
     experiment_record,
+    piece_tokens_of,
     read_json,
     run_result,
     write_json,
@@ -59,7 +60,7 @@ def experiment(config: ExperimentConfig) -> Path:
     Raises:
         ValueError: invalid settings, a corpus too small for them, or a folder of another experiment.
         RuntimeError: a run's loss before its first step is not log V, or not that of the other runs of its seed.
-        NonFiniteError: A diverged at every learning rate.
+        NonFiniteError: A, B or C diverged at every learning rate.
         Stopped: a signal came, or ``minutes`` are over. Everything is saved, and the same call continues.
     """
     began = time.monotonic()
@@ -97,7 +98,8 @@ class Laboratory:
         self.lr: float | None = None  # the rate at which all arms are compared; run_all chooses it
         base = self.budget.base
         sizes = [phase.patch_size for arm in self.arms.values() for phase in arm.schedule.parsed_phases]
-        self.piece_tokens = base.schedule.context * math.lcm(*sizes)  # whole rows of every phase of every arm
+        whole_rows = base.schedule.context * math.lcm(*sizes)  # of every phase of every arm
+        self.piece_tokens = piece_tokens_of(self.out, whole_rows)
         self.tokens = self._tokens_of_a()
         self.record = experiment_record(config, corpus, self.tokens, self.piece_tokens, self.jobs)
         # Settings that cannot run raise here, before the folder is made and before any run.

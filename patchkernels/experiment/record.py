@@ -69,6 +69,13 @@ def experiment_record(
     }
 
 
+def piece_tokens_of(out: Path, whole_rows: int) -> int:
+    """The pieces of the experiment in ``out`` if they are multiples of ``whole_rows`` tokens; else ``whole_rows``."""
+    file = out / "experiment.json"
+    there = int(read_json(file, {"piece_tokens"})["piece_tokens"]) if file.exists() else whole_rows
+    return whole_rows if there % whole_rows else there
+
+
 def claim_folder(out: Path, record: dict[str, Any]) -> None:
     """Writes ``experiment.json`` into ``out``, unless that is the folder of another experiment.
 

@@ -34,7 +34,7 @@ from patchkernels.experiment.figures import draw_cost, draw_loss, draw_slots, ha
 from patchkernels.files import replace_file
 from patchkernels.training.config import OptimizerConfig
 
-RECOVERY_ROWS = 12  # of a table of evaluations since the switch that are not at a power of two
+RECOVERY_ROWS = 12  # at most, of a table of evaluations since the switch, besides those at powers of two
 
 
 def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: float | None, finished: bool) -> None:
@@ -44,7 +44,7 @@ def write_report(out: Path, record: dict[str, Any], results: list[Result], lr: f
     if groups:
         draw_loss(out / "loss.png", groups)
         figures.append("![Validation loss](loss.png)")
-    if len(groups) > len(MAIN_ARMS):
+    if len(groups) > len(MAIN_ARMS) and "A" in groups:
         draw_cost(out / "cost.png", groups)
         figures.append("![Loss at the end against compute](cost.png)")
     if has_slot_losses(groups):
@@ -111,6 +111,7 @@ def _outcome(record: dict[str, Any], groups: Groups) -> Iterator[str]:
         if gaps := _gaps_of_b(groups):
             yield gaps
         if len(groups) > len(MAIN_ARMS):
+            yield "All arms are at A's best learning rate; of the others only B and C were tuned."
             yield _at_equal_compute(groups)
         yield _losses_by_seed(groups)
 
@@ -237,7 +238,7 @@ def _evaluations_to_show(run: Result, switch: int) -> list[dict[str, Any]]:
     after = [point for point in run["curve"] if point["step"] >= switch]
     shown = {point["step"]: point for point in after if (point["step"] - switch).bit_count() <= 1}
     others = [point for point in after[::-1] if point["step"] not in shown]
-    shown |= {point["step"]: point for point in others[:: max(len(others) // RECOVERY_ROWS, 1)]}
+    shown |= {point["step"]: point for point in others[:: -(-len(others) // RECOVERY_ROWS) or 1]}
     return [shown[step] for step in sorted(shown)]
 
 

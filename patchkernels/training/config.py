@@ -27,6 +27,8 @@ from patchkernels.schedule import DEFAULT_PHASES, OPTIMIZER_AT_SWITCH, LearningR
 from patchkernels.training.processes import PARALLEL_MODES
 
 ENDLESS = 10**15  # tokens of a corpus that no schedule is too long for
+MOST_EPOCHS = 1e6
+STEEPEST = 10  # slot_exponent: with K = 16 the last slot then weighs 1e-12, and fp32 can still hold it
 
 
 def check_at_least_one(settings: Any, *names: str) -> None:
@@ -108,8 +110,8 @@ class ScheduleConfig:
         check_at_least_one(self, "batch_size", "context")
         if self.tokens is not None and not 0 < self.tokens < math.inf:
             raise ValueError(f"tokens must be positive and finite, got {self.tokens}")
-        if not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be positive and finite, got {self.epochs}")
+        if not 0 < self.epochs <= MOST_EPOCHS:
+            raise ValueError(f"epochs must be positive and at most {MOST_EPOCHS:g}, got {self.epochs}")
         if self.tokens is not None and self.epochs != 1.0:
             raise ValueError(f"give tokens or epochs, not both; got {self.tokens:g} and {self.epochs:g}")
 
@@ -243,8 +245,8 @@ class RunConfig:
         check_at_least_one(self, "accumulation")
         if self.parallel not in PARALLEL_MODES:
             raise ValueError(f"parallel must be one of {PARALLEL_MODES}, got {self.parallel!r}")
-        if not math.isfinite(self.slot_exponent):
-            raise ValueError(f"slot_exponent must be finite, got {self.slot_exponent}")
+        if not abs(self.slot_exponent) <= STEEPEST:
+            raise ValueError(f"slot_exponent must be between -{STEEPEST} and {STEEPEST}, got {self.slot_exponent}")
         check_minutes(self.minutes)
 
 

@@ -35,6 +35,8 @@ class PlanConfig:
 
     def check(self) -> None:
         """Raises ``ValueError`` for a setting out of its range."""
+        if self.schedule.epochs != 1.0:
+            raise ValueError(f"plan counts tokens, not epochs: got epochs={self.schedule.epochs:g}")
         self.schedule.check()
         if self.schedule.tokens is None:
             raise ValueError("plan needs tokens: there is no corpus to count them in")

@@ -22,7 +22,7 @@ def test_costs_of_the_arms():
 
 def test_arms_that_are_called_by_their_phases():
     for phases, cost, share in (
-        ("8:4/7,1:3/7", 0.5, 1), ("16:8/15,1:7/15", 0.5, 1), ("2:1", 0.5, 1), ("1:0.7", 0.7, 0.7),
+        ("8:4/7,1:3/7", 0.5, 1), ("16:8/15,1:7/15", 0.5, 1), ("2:0.9,1:0.1", 0.55, 1), ("1:0.7", 0.7, 0.7),
         ("4:0.2,1:0.3", 0.35, 0.5), ("1:0.999999", 1, 1),
     ):  # fmt: skip
         arm = ExperimentConfig(arms=("A", "B", "C", phases)).known_arms[phases]
@@ -58,6 +58,7 @@ def test_bad_input(config, tmp_path):
         ({"arms": ("A", "B", "D")}, "arms must be A, B, C, others of .* and phases, got"),
         ({"arms": ("A", "B", "C", "4:2/3,1:1/2")}, "shares of at most 1, got '4:2/3,1:1/2'"),
         ({"arms": ("A", "B", "C", "4:0,1:1")}, "patch sizes of at least 1 and shares of at most 1"),
+        ({"arms": ("A", "B", "C", "2:1")}, "last phase of an arm must be token-level"),
         ({"arms": ("A", "B", "C", "1:nan")}, "phases look like"),
         ({"arms": ("A", "B", "C", "0:1")}, "patch sizes of at least 1"),
         ({"arms": ("A", "B", "C", "x:1")}, "phases look like"),

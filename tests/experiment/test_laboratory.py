@@ -92,7 +92,7 @@ def test_all_arms_are_run_once_and_at_the_compute_they_should(finished):
         tried = {run["lr"] / lr: run["validation_loss"] for run in runs if run["arm"] == arm and run["seed"] == 0}
         best = min(tried, key=tried.get)
         assert {rate * LR / lr for rate in (0.5, 1, 2)} | {1} <= set(tried), "the first three, and A's best rate"
-        assert len(tried) == 5 or min(tried) < best < max(tried)
+        assert len(tried) >= 5 or min(tried) < best < max(tried)
         assert {run["seed"] for run in runs if run["arm"] == arm and run["lr"] == best * lr} == {0, 1}
     assert len({run["lr"] for run in runs if run["arm"] == "A"}) >= 3
     flops = {arm: run["flops"] / main["A", 0]["flops"] for (arm, seed), run in main.items() if seed == 0}

@@ -29,15 +29,27 @@ def test_the_record_is_as_in_folders_of_before(config):
 
 
 def test_arms_that_a_folder_of_before_did_not_know_can_be_added(config):
-    out = experiment(dataclasses.replace(config, tune=False, seeds=1))
+    once = dataclasses.replace(config, tune=False, seeds=1, tokens=2400.0)
+    out = experiment(once)
     file = out / "experiment.json"
     record = json.loads(file.read_text())
     record["arms"] = {name: record["arms"][name] for name in ("A", "B", "C")}
     file.write_text(json.dumps(record))
-    experiment(dataclasses.replace(config, tune=False, seeds=1, arms=("A", "B", "C", "1:0.75")))
-    experiment(dataclasses.replace(config, tune=False, seeds=1))
+    experiment(dataclasses.replace(once, arms=("A", "B", "C", "1:0.75")))
+    experiment(once)
+    with pytest.raises(ValueError, match=r"another experiment \(.*piece_tokens: 128 there, 384 here"):
+        experiment(dataclasses.replace(once, arms=("A", "B", "C", "3:1/2,1:1/2")))
     assert "| 1:0.75 |" in (out / "report.md").read_text(), "also where it is not asked for"
     assert json.loads(file.read_text())["arms"]["1:0.75"]["share"] == 0.75
+
+
+def test_arms_may_be_left_out_later(config):
+    """Patches of 3 make the pieces longer, which they then are without them too."""
+    once = dataclasses.replace(config, tune=False, seeds=1, tokens=2400.0)
+    experiment(dataclasses.replace(once, arms=("A", "B", "C", "3:1/2,1:1/2")))
+    before = lines_of(Path(config.out), "run")
+    experiment(once)
+    assert lines_of(Path(config.out), "run") == before
 
 
 def test_what_is_finished_stays_in_the_report(config):
