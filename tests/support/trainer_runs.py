@@ -103,7 +103,7 @@ def train_by_hand(
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]  # as in transformers
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=args.weight_decay)
     rows = PatchRows(trainer.train_dataset, schedule, args.seed, shuffle=True)
     for step in range(schedule.total_steps):
         phase, _ = schedule.locate(step)
