@@ -12,7 +12,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 # The rates and epochs are those with the lowest loss that two minutes on two cores bought (docs/results.md).
 train: $(VENV)/.installed
-	$(BIN)/patchkernels train --lr 6e-3 --decay 0.3 $(if $(findstring --tokens,$(ARGS)),,--epochs 2) $(ARGS)
+	$(BIN)/patchkernels train --lr 6e-3 --decay 0.2 $(if $(findstring --tokens,$(ARGS)),,--epochs 2) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark --numprocesses 2 --dist worksteal $(ARGS)
