@@ -19,7 +19,6 @@ from patchkernels.experiment.comparison import (
     CONFIDENCE,
     TOKEN_LOSS,
     Groups,
-    Mean,
     differences,
     mean_of,
     recovered_share,
@@ -130,7 +129,8 @@ def draw(points: list[Point], file: Path) -> None:
             of_model = [point for point in points if point.parameters == parameters and values_of(point)]
             x = [point.tokens_per_parameter for point in of_model]
             y = [statistics.mean(values_of(point)) for point in of_model]
-            errors = [half_width(mean_of(values_of(point))) for point in of_model]
+            intervals = [mean_of(values_of(point)) for point in of_model]
+            errors = [interval.half_width if interval else 0.0 for interval in intervals]  # a single run has none
             axis.errorbar(x, y, errors, color=f"C{number}", marker="o", capsize=3, label=f"{parameters:,} parameters")
         means = [0.0] + [statistics.mean(values) for point in points if (values := values_of(point))]
         margin = 0.25 * (max(means) - min(means)) or 0.1
@@ -143,11 +143,6 @@ def draw(points: list[Point], file: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     replace_file(file, lambda path: figure.savefig(path, dpi=110, format="png"))
-
-
-def half_width(mean: Mean | None) -> float:
-    """Half of the interval; 0 for a single run, which has none."""
-    return 0.0 if mean is None else (mean.high - mean.low) / 2
 
 
 def main(arguments: list[str] | None = None) -> None:

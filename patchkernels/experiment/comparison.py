@@ -44,6 +44,11 @@ class Mean(NamedTuple):
     high: float
     p_value: float  # the probability of a mean this far from 0, if that over all seeds is 0
 
+    @property
+    def half_width(self) -> float:
+        """Half of the interval, for an error bar."""
+        return (self.high - self.low) / 2
+
 
 def mean_of(values: Sequence[float]) -> Mean | None:
     """The mean of at least two values, None for fewer."""

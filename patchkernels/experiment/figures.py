@@ -70,7 +70,7 @@ def draw_cost(file: Path, groups: Groups) -> None:
     for number, (arm, runs) in enumerate(groups.items()):
         cost, losses = runs[0]["flops"] / groups["A"][0]["flops"], [float(run[TOKEN_LOSS]) for run in runs]
         mean = mean_of(losses)
-        error = None if mean is None else (mean.high - mean.low) / 2
+        error = None if mean is None else mean.half_width
         style: dict[str, Any] = {"color": "black"} if is_token_level(runs) else {"color": f"C{number}", "label": arm}
         axis.errorbar([cost], [_mean(losses)], yerr=error, marker="o", capsize=3, linestyle="none", **style)
         if is_token_level(runs):
