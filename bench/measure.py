@@ -49,11 +49,9 @@ def _timed_on_cpu(functions: dict[str, Function]) -> dict[str, float]:
 
 
 def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
-    flushed = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     events = {}
     for name, function in functions.items():
-        flushed.zero_()
-        torch.cuda._sleep(HEAD_START)
+        flush_and_sleep()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -61,6 +59,12 @@ def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
         events[name] = start, end
     torch.cuda.synchronize()
     return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
+
+
+def flush_and_sleep() -> None:
+    """Flushes the L2 cache, and lets the GPU wait while the host queues what comes next."""
+    torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
+    torch.cuda._sleep(HEAD_START)
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:

@@ -8,6 +8,7 @@ import triton_on_cpu  # first: Triton looks at its settings when kernels are def
 from checkout import leave_checkout
 from machine_summary import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
+import bench  # noqa: F401  # its modules can be imported after leaving the checkout too
 import patchkernels  # noqa: F401
 
 leave_checkout()

@@ -23,12 +23,6 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=CHECKOUT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def importable(monkeypatch):
-    """Lets a test import ``bench``, which is not installed."""
-    monkeypatch.syspath_prepend(str(CHECKOUT))
-
-
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("bench") / "tiny.json"
@@ -106,7 +100,6 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert run("bench.report", tmp_path / "nothing.json").returncode == 1
 
 
-@pytest.mark.usefixtures("importable")
 def test_a_wrong_contender_is_an_error():
     import torch
 
@@ -118,7 +111,6 @@ def test_a_wrong_contender_is_an_error():
         Comparison(**settings, contenders={"right": right, "wrong": wrong}, exact=right).run()
 
 
-@pytest.mark.usefixtures("importable")
 def test_peak_memory_is_what_the_docstring_says():
     """``memory="low"`` needs at most 1 % of the bytes of 16-bit logits, besides the gradients.
 
@@ -146,7 +138,6 @@ def test_peak_memory_is_what_the_docstring_says():
     assert extra["default"] > 10 * extra["low"]
 
 
-@pytest.mark.usefixtures("importable")
 def test_the_search_for_launch_configurations_runs_and_leaves_the_defaults(monkeypatch, capsys):
     from bench import tune
     from patchkernels.kernels import cross_entropy

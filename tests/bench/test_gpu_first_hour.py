@@ -158,13 +158,7 @@ def test_wrong_arguments(tmp_path, environment):
 
 
 @pytest.fixture
-def importable(monkeypatch):
-    """Lets a test import ``bench``, which is not installed."""
-    monkeypatch.syspath_prepend(str(CHECKOUT))
-
-
-@pytest.fixture
-def one_case(monkeypatch, importable):
+def one_case(monkeypatch):
     """The checks of operators, with one case."""
     from bench import operators_on_gpu
 
@@ -232,7 +226,6 @@ def test_processes_that_share_a_test_run_on_the_cpu():
     assert distributed.run(visible_gpus, 1) == ["1"]
 
 
-@pytest.mark.usefixtures("importable")
 def test_tests_that_allocate_nothing_on_the_gpu_are_listed(monkeypatch):
     from bench import gpu_use
 
@@ -248,7 +241,7 @@ def test_tests_that_allocate_nothing_on_the_gpu_are_listed(monkeypatch):
     assert gpu_use.allocated == {"on the GPU": True, "elsewhere": False}
 
 
-def test_parts_are_kept_only_for_the_same_commit(tmp_path, importable):
+def test_parts_are_kept_only_for_the_same_commit(tmp_path):
     from bench.gpu_first_hour import Hour, Outcome
 
     hour = Hour(tmp_path, 1.0)

@@ -11,27 +11,14 @@ from pathlib import Path
 import pytest
 from checkout import CHECKOUT
 
+from bench import law
 from patchkernels.experiment.comparison import Mean, mean_of
 from patchkernels.training.evidence import OBSERVATIONS
 
 DOCS = CHECKOUT / "docs"
 
 
-@pytest.fixture
-def law(monkeypatch):
-    """The script. ``bench`` is not installed."""
-    monkeypatch.syspath_prepend(str(CHECKOUT))
-    from bench import law
-
-    return law
-
-
-@pytest.fixture
-def main(law):
-    return law.main
-
-
-def test_the_observations_of_plan_are_those_of_the_published_experiments(law):
+def test_the_observations_of_plan_are_those_of_the_published_experiments():
     """Every experiment that the table in bench/results names, as ``plan`` knows it."""
     folder = CHECKOUT / "bench" / "results" / "amd-epyc" / "law"
     reports = re.findall(r"\]\(([^)]*)/report\.md\)", (folder / "law.md").read_text())
@@ -62,7 +49,7 @@ def write_experiment(folder: Path, parameters: int, tokens: int, losses: dict[tu
     return folder
 
 
-def test_table_and_figure(tmp_path, main):
+def test_table_and_figure(tmp_path):
     """C is best at another rate than A and B, and A has one seed more. The second has one seed, and A worse than C."""
     many = write_experiment(
         tmp_path / "results" / "many",
@@ -77,7 +64,7 @@ def test_table_and_figure(tmp_path, main):
         tmp_path / "results" / "few", 1000, 17_000, {("A", 1.0): [4.0], ("B", 1.0): [3.8], ("C", 1.0): [3.5]}
     )
     out = tmp_path / "results" / "law"
-    main([str(out), str(many), str(few)])
+    law.main([str(out), str(many), str(few)])
     rows = [line.split(" | ") for line in (out / "law.md").read_text().splitlines() if line.startswith("| 1,000")]
     assert [row[1] for row in rows] == ["[17](../few/report.md)", "[330](../many/report.md)"], "few tokens first"
     assert rows[0][3:] == ["1", "1", "4.000", "3.800", "3.500", "-0.300", "", " |"]
@@ -88,8 +75,8 @@ def test_table_and_figure(tmp_path, main):
     assert (out / "law.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_folders_that_are_no_experiments(tmp_path, capsys, main):
-    main([str(tmp_path / "one"), str(write_experiment(tmp_path / "x", 1, 1, {(a, 1.0): [1.0] for a in "ABC"}))])
+def test_folders_that_are_no_experiments(tmp_path, capsys):
+    law.main([str(tmp_path / "one"), str(write_experiment(tmp_path / "x", 1, 1, {(a, 1.0): [1.0] for a in "ABC"}))])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "results.jsonl").write_text("")
     lacking = write_experiment(tmp_path / "lacking", 1, 1, {("A", 1.0): [1.0], ("B", 1.0): [1.0]})
@@ -99,6 +86,6 @@ def test_folders_that_are_no_experiments(tmp_path, capsys, main):
     )  # fmt: skip
     for folder, words in cases:
         with pytest.raises(SystemExit):
-            main([str(tmp_path / "out"), str(folder)])
+            law.main([str(tmp_path / "out"), str(folder)])
         assert words in capsys.readouterr().err
         assert not (tmp_path / "out").exists()

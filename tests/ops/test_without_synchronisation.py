@@ -1,7 +1,7 @@
 """On a GPU the host never waits for a result, and every launch is on the GPU of its tensors.
 
 Both make an operator safe in a CUDA graph: nothing of what the host does depends on what a tensor holds. The tensors
-here have no data at all (``fake_cuda``), so that a size or a branch that depended on it could not even be computed.
+here have no data at all (``bench.fake_cuda``), so that a size or a branch that depended on it could not be computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from patchkernels.numerics import LossOptions
 
 if torch.cuda.is_available():
     pytest.skip("tensors without data are for a machine without a GPU", allow_module_level=True)
-fake_cuda = pytest.importorskip("fake_cuda")  # imports the kernels, and they import Triton
+fake_cuda = pytest.importorskip("bench.fake_cuda")  # imports the kernels, and they import Triton
 
 N, K, V, D = 160, 4, 99, 32
 FORMS = [("auto", torch.bfloat16), ("auto", torch.float16), ("auto", torch.float32), ("eager", torch.bfloat16)]

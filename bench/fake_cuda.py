@@ -8,7 +8,8 @@
 Tensors are those of torch's ``FakeTensorMode``, and the bodies of our custom operators run on them as on a GPU: chunks,
 products and launchers are real; kernels are recorded instead of executed. Whatever would make the host wait for the GPU
 raises :class:`HostWaits`, and a number that a GPU would round to 16 bits unasked raises :class:`Narrowed`. The current
-device is kept as ``torch.cuda`` keeps it, by ``torch.cuda``'s own guards.
+device is kept as ``torch.cuda`` keeps it, by ``torch.cuda``'s own guards. An :class:`Observer` is told of everything
+that the GPU would do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import torch
@@ -54,10 +55,21 @@ class Launch(NamedTuple):
     tensors: set[int]
 
 
-class FakeCuda(contextlib.AbstractContextManager):
+class Observer(Protocol):
+    """Is told of what runs on the GPU, in order."""
+
+    def operation(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """An operation of PyTorch, after it has run."""
+
+    def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """A Triton kernel and the arguments of its launch, by name."""
+
+
+class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
     """Makes ``device="cuda"`` work without a GPU, and without data."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer | None = None) -> None:
+        self.observer = observer
         self.launches: list[Launch] = []
         self.sums: list[tuple[torch.dtype, ...]] = []  # of every addmm with an out_dtype: its sum and factors
         self.current = 0
@@ -74,7 +86,8 @@ class FakeCuda(contextlib.AbstractContextManager):
             enter(mock.patch.object(owner, "synchronize", _wait))
         for module in (cross_entropy, patch_embedding):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                enter(mock.patch.object(module, name, _Kernel(name, self)))
+                enter(mock.patch.object(module, name, _Kernel(name, getattr(module, name).arg_names, self)))
+        enter(mock.patch.object(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads))
         enter(FakeTensorMode())
         enter(_Host(self))
         return self
@@ -86,11 +99,18 @@ class FakeCuda(contextlib.AbstractContextManager):
         previous, self.current = self.current, index if index >= 0 else self.current
         return previous
 
-    def backward(self, loss: Tensor) -> None:
-        """``loss.backward()``, node by node: torch's engine refuses tensors of a device that it was not built for."""
-        grads: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    def backward(self, out: Tensor, upstream: Tensor | None = None) -> None:
+        """``out.backward(upstream)``, node by node: torch's engine refuses a device that it was not built for.
+
+        Nodes go when they have been called, and with them what they have saved. ``out`` is therefore detached.
+        """
+        order = _topological(out.grad_fn)
+        grads: dict[Any, dict[int, Tensor]] = {order[-1]: {0: torch.ones_like(out) if upstream is None else upstream}}
+        out.detach_()
+        del upstream
         with torch.no_grad():
-            for node in _topological(loss.grad_fn):
+            while order:
+                node = order.pop()
                 results = _call(node, grads.pop(node, {}))
                 for (successor, slot), grad in results:
                     if type(successor).__name__ == "AccumulateGrad":
@@ -104,13 +124,15 @@ class FakeCuda(contextlib.AbstractContextManager):
 class _Kernel:
     """Stands for a Triton kernel: records its launches."""
 
-    def __init__(self, name: str, gpu: FakeCuda) -> None:
-        self.name, self.gpu = name, gpu
+    def __init__(self, name: str, arguments: list[str], gpu: FakeCuda) -> None:
+        self.name, self.arguments, self.gpu = name, arguments, gpu
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **_: Any) -> None:
+        def launch(*args: Any, **kwargs: Any) -> None:
             tensors = {t.get_device() for t in args if isinstance(t, Tensor)}
             self.gpu.launches.append(Launch(self.name, self.gpu.current, tensors))
+            if self.gpu.observer is not None:
+                self.gpu.observer.launch(self.name, grid, dict(zip(self.arguments, args)) | kwargs)
 
         return launch
 
@@ -138,8 +160,12 @@ class _Host(TorchDispatchMode):
             raise Narrowed(f"{func}: {[(t.dtype, tuple(t.shape)) for t in inputs]}")
         if func is torch.ops.aten.addmm.dtype_out:  # fake tensors have it only in later versions than GPUs
             self.gpu.sums.append(tuple(tensor.dtype for tensor in args[:3]))
-            return kwargs["out"]
-        return func(*args, **kwargs)
+            result = kwargs["out"]
+        else:
+            result = func(*args, **kwargs)
+        if self.gpu.observer is not None:
+            self.gpu.observer.operation(func, args, kwargs, result)
+        return result
 
 
 def _why_it_waits(func: Any, name: str, args: Any, kwargs: Any, devices: set[str]) -> str | None:
@@ -186,28 +212,35 @@ def _graphs_on_cuda() -> Iterator[None]:
         guards[cuda] = previous
 
 
+def _set_materialize_grads(ctx: Any, value: bool) -> None:
+    """``ctx.set_materialize_grads``, which also keeps the value where it can be read."""
+    ctx.materialize_grads = ctx.materializes = value
+
+
 def _topological(root: Any) -> list[Any]:
-    """The nodes of a graph, each before those that it passes gradients to; without the leaves."""
-    order: list[Any] = []
-    seen = {root}
-
-    def visit(node: Any) -> None:
-        for successor, _ in node.next_functions:
-            if successor is not None and successor not in seen and type(successor).__name__ != "AccumulateGrad":
-                seen.add(successor)
-                visit(successor)
-        order.append(node)
-
-    visit(root)
-    return order[::-1]
+    """The nodes of a graph, each after those that it passes gradients to; without the leaves."""
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, successors_done = stack.pop()
+        if successors_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            successors = [successor for successor, _ in node.next_functions if successor is not None]
+            stack += [(s, False) for s in successors if type(s).__name__ != "AccumulateGrad"]
+    return order
 
 
 def _call(node: Any, grads: dict[int, Tensor]) -> list[tuple[tuple[Any, int], Tensor]]:
     """The edges of a node and the gradients that it passes along them."""
     inputs = [grads.get(slot) for slot in range(len(node._input_metadata))]
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        zeros = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in node._input_metadata]
-        inputs = [zero if grad is None else grad for grad, zero in zip(inputs, zeros)]
+        if getattr(node, "materializes", True):
+            inputs = [
+                torch.zeros(m.shape, dtype=m.dtype, device=m.device) if grad is None else grad
+                for grad, m in zip(inputs, node._input_metadata)
+            ]
         outputs = node.apply(*inputs)
     else:
         outputs = node(*inputs)

@@ -1,0 +1,84 @@
+"""How many bytes each kernel moves between the GPU and its memory, as a function of the arguments of a launch.
+
+Every access counts, also where a kernel reads the same bytes twice: whether a cache still holds them depends on the
+GPU. What all warps of a program read, a row's targets say, counts once. Rows whose targets are all ignored are less
+than this, and so are patches that hold padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Arguments = dict[str, Any]  # of a launch, by the names in the kernel's definition
+
+
+class Traffic(NamedTuple):
+    """Bytes."""
+
+    read: int
+    written: int
+
+
+def _patch_cross_entropy(arguments: Arguments) -> Traffic:
+    """``e V`` to read for each pass over a row of logits, as much to write for its gradient; the rest is small."""
+    logits, target = arguments["logits_ptr"], arguments["target_ptr"]
+    rows, slots, size = len(logits), arguments["SLOTS"], logits.element_size()
+    needs_loss, needs_grad = arguments["NEEDS_LOSS"], arguments["NEEDS_GRAD"]
+    row = arguments["readable"] * size
+    read = (needs_loss + needs_grad) * row
+    read += slots * (target.element_size() * (1 + needs_loss) + size)  # the targets and their logits
+    written = 0
+    if needs_loss:
+        written += 4 * slots + 8  # losses, statistics
+    else:
+        read += 8
+    if needs_grad:
+        read += 4 * slots  # c
+        written += row + slots * size
+    return Traffic(rows * read, rows * written)
+
+
+def _slice_statistics(arguments: Arguments) -> Traffic:
+    """``e v`` to read for a row of v classes; its statistics are read and written."""
+    logits, target = arguments["logits_ptr"], arguments["target_ptr"]
+    slots, size = arguments["SLOTS"], logits.element_size()
+    statistics = 12 if arguments["SMOOTHING"] else 8
+    read = arguments["readable"] * size + slots * (target.element_size() + size) + 12
+    return Traffic(len(logits) * read, len(logits) * (statistics + 4 * slots))
+
+
+def _patch_embedding(arguments: Arguments) -> Traffic:
+    """``K e D`` to read and ``e D`` to write for a patch; its ids are read once for each block of columns."""
+    out, ids = arguments["out_ptr"], arguments["ids_ptr"]
+    (patches, hidden), size = out.shape, out.element_size()
+    blocks = -(-hidden // arguments["BLOCK_D"])
+    read = arguments["SLOTS"] * (hidden * size + blocks * ids.element_size())
+    return Traffic(patches * read, patches * hidden * size)
+
+
+def _patch_embedding_block_sums(arguments: Arguments) -> Traffic:
+    """Two ids of each block of tokens: no block is summed here if no id fills one."""
+    ordered = arguments["ordered_ptr"]
+    blocks = ordered.numel() // arguments["BLOCK_T"]
+    columns = -(-arguments["D"] // arguments["BLOCK_D"])
+    return Traffic(blocks * columns * 2 * ordered.element_size(), 0)
+
+
+def _patch_embedding_backward(arguments: Arguments) -> Traffic:
+    """``e D`` to read for every token, whose patch's gradient it is, and ``e D`` to write for every id of the table."""
+    out, order, segments = arguments["out_ptr"], arguments["order_ptr"], arguments["segments_ptr"]
+    (vocab, hidden), size = out.shape, out.element_size()
+    columns = -(-hidden // arguments["BLOCK_D"])
+    token = hidden * size + columns * (order.element_size() + 4)  # and its place and its scale
+    read = order.numel() * token + vocab * columns * 2 * segments.element_size()
+    return Traffic(read, vocab * hidden * size)
+
+
+TRAFFIC: dict[str, Callable[[Arguments], Traffic]] = {
+    "patch_cross_entropy_kernel": _patch_cross_entropy,
+    "slice_statistics_kernel": _slice_statistics,
+    "patch_embedding_kernel": _patch_embedding,
+    "patch_embedding_block_sums_kernel": _patch_embedding_block_sums,
+    "patch_embedding_backward_kernel": _patch_embedding_backward,
+}

@@ -1,0 +1,149 @@
+"""The ledger: what operations are said to cost, what a call is found to do, and what its command prints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if torch.cuda.is_available():
+    pytest.skip("tensors without data are for a machine without a GPU", allow_module_level=True)
+pytest.importorskip("bench.fake_cuda")  # imports the kernels, and they import Triton
+
+from bench import shapes
+from bench.fake_cuda import FakeCuda
+from bench.ledger import __main__ as command
+from bench.ledger import cases
+from bench.ledger.counting import Ledger, Rates, count
+
+N, D = 6, 10
+RATES = Rates("a GPU", tflops=2.0, terabytes=0.5)
+
+
+def entries(function, *inputs):
+    """The entries of a call. Tensors are float32 on the GPU; a shape stands for each."""
+    ledger = Ledger()
+    with FakeCuda(ledger):
+        tensors = [torch.zeros(shape, device="cuda") for shape in inputs]
+        ledger.entries.clear()
+        function(*tensors)
+    return ledger.entries
+
+
+SQUARE, VECTOR = 4 * N * D, 4 * D
+OPERATIONS = {  # read, written, FLOPs, launches; None: no kernel
+    "a sum": (lambda x, y: x + y, SQUARE + VECTOR, SQUARE, 0, 1),
+    "a number": (lambda x, y: x * 2, SQUARE, SQUARE, 0, 1),
+    "in place": (lambda x, y: x.add_(y), SQUARE + VECTOR, SQUARE, 0, 1),
+    "the same tensor twice": (lambda x, y: x * x, SQUARE, SQUARE, 0, 1),
+    "zeroing": (lambda x, y: x.zero_(), 0, SQUARE, 0, 1),
+    "a copy": (lambda x, y: x.copy_(y.expand(N, D)), VECTOR, SQUARE, 0, 1),
+    "a cast": (lambda x, y: x.bfloat16(), SQUARE, SQUARE // 2, 0, 1),
+    "a cast to what it is": (lambda x, y: x.float(), None),
+    "a part": (lambda x, y: x[:2] + 1, SQUARE // 3, SQUARE // 3, 0, 1),
+    "views": (lambda x, y: x.T.unsqueeze(0)[:, 1].expand(5, N).view(-1, N), None),
+    "memory": (lambda x, y: torch.empty_like(x), None),
+    "nothing": (lambda x, y: x[:0] + 1, None),
+    "a product": (lambda x, y: x @ x.T, SQUARE, 4 * N * N, 2 * N * N * D, 1),
+    "a product into memory": (
+        lambda x, y: torch.mm(x[:, :N], x[:, :N], out=torch.empty(N, N, device="cuda")),
+        4 * N * N, 4 * N * N, 2 * N**3, 1,
+    ),
+    "a sum of products": (lambda x, y: x[:, :N].addmm_(x, x.T), 4 * N * N + SQUARE, 4 * N * N, 2 * N * N * D, 1),
+    "products instead of a sum": (lambda x, y: x[:, :N].addmm_(x, x.T, beta=0), SQUARE, 4 * N * N, 2 * N * N * D, 1),
+    "a lookup": (
+        lambda x, y: F.embedding(torch.zeros(3, dtype=torch.int64, device="cuda"), x)[:0],
+        3 * 8 + 3 * VECTOR, 3 * VECTOR, 0, 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    function, *expected = OPERATIONS[name]
+    found = [entry for entry in entries(function, (N, D), (D,)) if entry.name != "zeros"]
+    if expected == [None]:
+        assert not found
+    else:
+        assert tuple(found[-1].work) == tuple(expected)
+
+
+def test_an_entry_takes_the_longer_of_its_times():
+    (product,) = entries(lambda x: x @ x.T, (N, D))
+    assert product.seconds(RATES) == pytest.approx((SQUARE + 4 * N * N) / 0.5e12)
+    assert product.seconds(RATES._replace(tflops=1e-9)) == pytest.approx(2 * N * N * D / 1e3)
+
+
+def test_memory_is_held_as_long_as_a_tensor_is():
+    def call(x):
+        y = x + 1
+        z = y + 1
+        del y
+        (z[:1] * 2).sum()
+
+    held = [entry.held for entry in entries(call, (N, D))]
+    part = 4 * D
+    assert held == [2 * SQUARE, 3 * SQUARE, 2 * SQUARE + part, 2 * SQUARE + part + 4]
+
+
+def test_what_is_saved_for_the_backward_goes_with_it():
+    def make():
+        x = torch.zeros(N, D, device="cuda", requires_grad=True)
+
+        def call(backward):
+            yield "forward"
+            out = x.exp().exp().exp()  # saves the three results
+            yield "backward"
+            backward(out, torch.ones_like(out))
+
+        return call
+
+    forward, backward = count(make, "exponentials")
+    assert [entry.name for entry in forward.entries] == ["exp"] * 3
+    assert [entry.name for entry in backward.entries] == ["ones_like", "mul", "mul", "mul"]
+    # x, three results and the upstream gradient; then one gradient more; at the end the second result is gone
+    assert [entry.held // SQUARE for entry in backward.entries] == [5, 6, 6, 5]
+
+
+def test_kernels_and_the_bodies_of_operators_are_entered():
+    (found,) = count(cases.linear(shapes.Linear(4, 32, 16, 128)).contenders["patchkernels"], "patchkernels")
+    names = [entry.name for entry in found.entries]
+    assert names.count("mm") + names.count("addmm") == 3 and names.count("patch_cross_entropy_kernel") == 1
+    assert found.total().flops == 3 * 2 * 32 * 16 * 128
+
+
+def test_a_training_step_has_all_of_its_products():
+    case = cases.step(shapes.Step("demo", 2, 32), 4)
+    (found,) = count(case.contenders["patchkernels"], "patchkernels")
+    attention = sum(entry.work.flops for entry in found.entries if "flash" in entry.name)
+    pairs = 4 * 2 * 4 * 32**2 * 32  # layers, rows, heads, positions^2, head size
+    assert attention == 7 * pairs, "2 products of half the pairs forward, 5 backward"
+    assert found.total().flops - attention == case.floor["step"][0].flops - 6 * 2 * pairs
+    assert {"_fused_adamw_", "_foreach_norm", "patch_embedding_backward_kernel"} <= {e.name for e in found.entries}
+
+
+def test_the_command(capsys):
+    command.main(["linear", "N=64", "D=32", "V=256", "--entries", "--rates", "slow:1:0.001"])
+    text = capsys.readouterr().out
+    header, _, ours, low, *rest = text.splitlines()
+    assert header.startswith("| operator | shape") and "slow ms" in header and "H100" not in text
+    assert "K=4 N=64 D=32 V=256 | patchkernels |" in ours and "memory=low" in low
+    assert any(line.startswith("| patch_cross_entropy_kernel |") for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["softmax"], "invalid choice: 'softmax'"),
+        (["linear", "M=3"], "linear has the settings K=4, N=4096, D=4096, V=128256; got 'M=3'"),
+        (["linear", "N=many"], "N must be an integer, got 'many'"),
+        (["linear", "N=0"], "N must be at least 1, got '0'"),
+        (["step", "preset=9b"], "preset must be one of"),
+        (["--rates", "H100"], "rates look like H100:700:3.0"),
+        (["--rates", "H100:700:0"], "rates must be positive"),
+    ],
+)
+def test_bad_arguments(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert words in capsys.readouterr().err
