@@ -29,7 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from patchkernels.kernels import cross_entropy, patch_embedding
+from patchkernels.kernels import cross_entropy, patch_embedding, scaling, targets
+
+KERNEL_MODULES = (cross_entropy, patch_embedding, scaling, targets)
 
 # Operators that take a number as a tensor of the CPU, and read it there.
 TAKE_CPU_NUMBERS = ("aten::fill_",)
@@ -71,7 +73,7 @@ class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
     def __init__(self, observer: Observer | None = None) -> None:
         self.observer = observer
         self.launches: list[Launch] = []
-        self.sums: list[tuple[torch.dtype, ...]] = []  # of every addmm with an out_dtype: its sum and factors
+        self.sums: list[tuple[torch.dtype, ...]] = []  # of every product with an out_dtype: its result and factors
         self.current = 0
         self._stack = contextlib.ExitStack()
 
@@ -84,7 +86,7 @@ class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
         enter(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))  # autocast asks
         for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
             enter(mock.patch.object(owner, "synchronize", _wait))
-        for module in (cross_entropy, patch_embedding):
+        for module in KERNEL_MODULES:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 enter(mock.patch.object(module, name, _Kernel(name, getattr(module, name).arg_names, self)))
         enter(mock.patch.object(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads))
@@ -158,8 +160,8 @@ class _Host(TorchDispatchMode):
             raise HostWaits(f"{func}: {reason}")
         if name in PRODUCTS and _narrows([t for t in inputs if t.is_cuda and t.is_floating_point()]):
             raise Narrowed(f"{func}: {[(t.dtype, tuple(t.shape)) for t in inputs]}")
-        if func is torch.ops.aten.addmm.dtype_out:  # fake tensors have it only in later versions than GPUs
-            self.gpu.sums.append(tuple(tensor.dtype for tensor in args[:3]))
+        if func in (torch.ops.aten.addmm.dtype_out, torch.ops.aten.mm.dtype_out):  # fake tensors have them not yet
+            self.gpu.sums.append((kwargs["out"].dtype, *(tensor.dtype for tensor in inputs[-3:-1])))
             result = kwargs["out"]
         else:
             result = func(*args, **kwargs)

@@ -75,10 +75,30 @@ def _patch_embedding_backward(arguments: Arguments) -> Traffic:
     return Traffic(read, vocab * hidden * size)
 
 
+def _scale(arguments: Arguments) -> Traffic:
+    """Reads and writes every element. In place and by 1, which is not known here, it would move nothing."""
+    values, out = arguments["values_ptr"], arguments["out_ptr"]
+    return Traffic(values.numel() * values.element_size(), out.numel() * out.element_size())
+
+
+def _target_coefficients(arguments: Arguments) -> Traffic:
+    """Targets, and weights of each, are read twice for a mean. Targets and ``c`` are written."""
+    target, passes = arguments["target_ptr"], 1 + (arguments["REDUCTION"] != 0)
+    per_target = target.element_size() + (4 if arguments["WEIGHTED"] and arguments["weight_stride"] else 0)
+    return Traffic(passes * target.numel() * per_target, target.numel() * (target.element_size() + 4))
+
+
+def _weighted_sum(arguments: Arguments) -> Traffic:
+    return Traffic(8 * arguments["elements"], 4)
+
+
 TRAFFIC: dict[str, Callable[[Arguments], Traffic]] = {
     "patch_cross_entropy_kernel": _patch_cross_entropy,
     "slice_statistics_kernel": _slice_statistics,
     "patch_embedding_kernel": _patch_embedding,
     "patch_embedding_block_sums_kernel": _patch_embedding_block_sums,
     "patch_embedding_backward_kernel": _patch_embedding_backward,
+    "scale_kernel": _scale,
+    "target_coefficients_kernel": _target_coefficients,
+    "weighted_sum_kernel": _weighted_sum,
 }

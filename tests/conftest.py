@@ -50,3 +50,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "TILE_T", 2)
     monkeypatch.setattr(kernels, "MAX_BLOCK_D", 16)
     monkeypatch.setattr(kernels, "NUM_WARPS", 1)
+    for name in ("scaling", "targets"):
+        kernels = pytest.importorskip(f"patchkernels.kernels.{name}")
+        monkeypatch.setattr(kernels, "BLOCK", 32)
+        monkeypatch.setattr(kernels, "NUM_WARPS", 1)

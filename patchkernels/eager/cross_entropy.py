@@ -64,10 +64,13 @@ def loss_and_gradient_(
     losses: Tensor,  # (N, K)
     options: LossOptions,
 ) -> Tensor | None:  # (N, V)
-    """Fills ``losses``; with ``c`` returns dlogits in fp32 (fp64 for fp64). The logits may be overwritten."""
+    """Fills ``losses``; with ``c`` also overwrites the logits with dlogits and returns them."""
     z = logits.to(accumulation_dtype(logits.dtype))
     losses[:], statistics, slope = _losses_and_softmax_(z, target, options)
-    return None if c is None else _gradient_(z, target, c, statistics, slope, options)
+    if c is None:
+        return None
+    dlogits = _gradient_(z, target, c, statistics, slope, options)
+    return dlogits if dlogits is logits else logits.copy_(dlogits)
 
 
 def slice_statistics_(

@@ -62,7 +62,8 @@ def memory_bytes(
     - Activations take ``2 (10 D + 2 H_q + 4 H_kv + 4 F)`` bytes per position in each layer, where H_q and H_kv are the
       widths of queries and keys and F that of the MLP. With activation checkpointing every layer keeps ``2 D`` bytes
       per position, and only one layer at a time keeps everything.
-    - The logits take the fused loss's buffer, and the head's gradient ``4 V D`` bytes in fp32.
+    - The logits take 2 bytes each, up to ``LOGITS_BYTES``, and the head ``2 V D`` bytes for its copy in bf16. Logits
+      that do not fit take another ``4 V D`` bytes, for a sum of the head's gradient over chunks.
 
     A patch phase with as many positions per step needs the same. With as many raw tokens per step, its activations take
     1/K of this.
@@ -75,7 +76,8 @@ def memory_bytes(
     layer = 2 * (10 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size) * rows * positions
     layer_inputs = 2 * config.hidden_size * rows * positions * layers
     activations = layer_inputs + layer if config.activation_checkpointing else layer * layers
-    logits = min(LOGITS_BYTES["cuda"], 2 * rows * positions * config.vocab_size // tensor_parallel)
+    logits = 2 * rows * positions * config.vocab_size // tensor_parallel
+    head = (2 if logits <= LOGITS_BYTES["cuda"] else 6) * config.vocab_size * config.hidden_size // tensor_parallel
     whole_units = 4 * (in_layers // layers + parameters - in_layers) // tensor_parallel
     return {
         "parameters": 4 * parameters // (shards * tensor_parallel),
@@ -83,5 +85,5 @@ def memory_bytes(
         "AdamW moments": 8 * parameters // (shards * tensor_parallel),
         **({"units at work": whole_units} if shards > 1 else {}),
         "activations": activations // tensor_parallel,
-        "logits and head gradient": logits + 4 * config.vocab_size * config.hidden_size // tensor_parallel,
+        "logits, head in bf16": min(logits, LOGITS_BYTES["cuda"]) + head,
     }

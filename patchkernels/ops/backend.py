@@ -28,8 +28,8 @@ def implementation(operator: str, backend: str) -> Any:
     return importlib.import_module(f"{FOLDERS[backend]}.{operator}")
 
 
-def choose_backend(backend: str, tensor: Tensor) -> str:
-    """The backend, ``"triton"`` or ``"eager"``, that runs for ``tensor``.
+def choose_backend(backend: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """The backend, ``"triton"`` or ``"eager"``, that runs on the device of ``tensor`` and computes in ``dtype``.
 
     ``"auto"`` is Triton for a tensor on a GPU, where it never falls back to eager, and eager elsewhere.
 
@@ -51,9 +51,9 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
             f"backend='triton' needs a tensor on a GPU, got one on {tensor.device} "
             "(TRITON_INTERPRET=1 runs the kernels interpreted)"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RuntimeError(
-            f"backend='triton' computes in float32, bfloat16 and float16, got {tensor.dtype} (pass backend='eager')"
+            f"backend='triton' computes in float32, bfloat16 and float16, got {dtype} (pass backend='eager')"
         )
     return "triton"
 

@@ -22,10 +22,28 @@ def logits_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) ->
     return 2 * rows * vocab * hidden
 
 
-def linear_flops(x: Any, weight: Any, bias: Any, target: Any, c: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
+def losses_flops(x: Any, weight: Any, bias: Any, target: Any, c: Any, needs: Sequence[bool], *_: Any, **__: Any) -> int:
     """``2 N V D`` for the logits and, if gradients are computed, as much for each of dx and dW."""
     need_dx, need_dw, _need_db = needs
     return logits_flops(x, weight) * (1 if c is None else 1 + need_dx + need_dw)
+
+
+def loss_flops(
+    x: Any, weight: Any, bias: Any, target: Any, target_weight: Any, reduction: str, every_loss: bool,
+    needs: Sequence[bool], keep: bool, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """``2 N V D`` for the logits, and as much for each of dx and dW if the backward does not compute them."""
+    need_dx, need_dw, _need_db = needs
+    return logits_flops(x, weight) * (1 if keep else 1 + need_dx + need_dw)
+
+
+def gradients_flops(
+    upstream: Any, scale: Any, dlogits: Any, dx: Any, dw: Any, db: Any, x: Any, weight: Any, needs: Sequence[bool],
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """``2 N V D`` for each of dx and dW, if dlogits were kept for the backward."""
+    need_dx, need_dw, _need_db = needs
+    return 0 if x is None else logits_flops(x, weight) * (need_dx + need_dw)
 
 
 def slices_backward_flops(

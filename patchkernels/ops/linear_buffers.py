@@ -11,16 +11,15 @@ writes are the caller's to wait for, as with every operator of PyTorch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import accumulation_dtype
-
-# Bytes of logits that are held at a time. The fp32 gradient of the head is read and written once for every chunk of
-# rows, so few large chunks are faster. A loss without gradients has no such sum and takes smaller chunks.
-LOGITS_BYTES = {"cuda": 2**30, "cpu": 2**26}
+# Bytes of logits that are held at a time. Where all fit, the head's gradient is one product. Else it is a sum in fp32,
+# which is read and written once for every chunk of rows. A loss without gradients has no such sum: smaller chunks.
+LOGITS_BYTES = {"cuda": 2**31, "cpu": 2**26}
 LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
 
 
@@ -32,6 +31,15 @@ def without_autocast() -> Iterator[None]:
     """
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         yield
+
+
+def known_to_be_true(condition: Any) -> bool:
+    """The condition, on which torch.compile makes its graph depend; False where it cannot know a size."""
+    if isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(condition)
+    return bool(condition)
 
 
 def chunk_rows(rows: int, row_bytes: int, budget: int) -> int:
@@ -69,6 +77,16 @@ def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         torch.addmm(bias, x, weight.T, out=z)
 
 
+def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``, summed in fp32 (fp64 for fp64) and rounded once to the dtype of ``out``."""
+    if a.dtype == b.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and a.dtype == b.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, summed in the dtype of ``total``.
 
@@ -79,29 +97,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def new_outputs(
-    x: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    target: Tensor,  # (N, K)
-    c: Tensor | None,  # None: no gradients are wanted
-    needs: Sequence[bool],
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW (V, D), db (V)
-    """Memory for the losses and gradients; gradients that are not needed are empty. dW and db are sums in fp32.
-
-    It takes the arguments of the operators that return these four tensors, so that it is also their fake.
-    """
-    dtype = accumulation_dtype(x.dtype)
-    need_dx, need_dw, need_db = (c is not None and needed for needed in needs)
-    return (
-        x.new_empty(target.shape, dtype=dtype),
-        x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(weight.shape if need_dw else (0,), dtype=dtype),
-        x.new_empty(weight.shape[:1] if need_db else (0,), dtype=dtype),
-    )
 
 
 def power_of_two_scale(c: Tensor) -> tuple[Tensor, Tensor]:  # c (N, K)

@@ -1,11 +1,11 @@
 """The fused loss: K-token cross entropy of ``input @ linear_weight.T`` without keeping the logits.
 
-This file holds the contract and autograd. The arithmetic is in :mod:`patchkernels.ops.linear_row_chunks`, in
-:mod:`patchkernels.ops.linear_vocab_shards` for a head in shards, and in :mod:`patchkernels.ops.linear_vocab_slices` for
-``memory="low"``.
+This file holds the contract and autograd. The arithmetic is in :mod:`patchkernels.ops.linear_row_chunks`, and in
+:mod:`patchkernels.ops.linear_vocab_slices` for ``memory="low"``.
 
-If the loss is a scalar and gradients are needed, the forward computes them, and the backward only scales them by the
-upstream gradient, out of place. With ``reduction="none"`` or ``memory="low"`` the backward computes them.
+If the loss is a scalar and its logits fit the budget, they become dlogits in the forward, which are kept for the
+backward. If they do not fit, the forward computes the gradients chunk by chunk, and the backward scales them, out of
+place. With ``reduction="none"`` or ``memory="low"`` the backward computes the logits again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Importing these two modules registers their operators.
-import patchkernels.ops.linear_row_chunks
-import patchkernels.ops.linear_vocab_shards  # noqa: F401
+import patchkernels.ops.linear_row_chunks  # noqa: F401  # registers its operators
 from patchkernels.numerics import IGNORE_INDEX, LossOptions, check_float_dtype
 from patchkernels.ops.backend import choose_backend
 from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, transforms
-from patchkernels.ops.linear_buffers import LOGITS_BYTES, LOGITS_BYTES_LOSS_ONLY, power_of_two_scale
+from patchkernels.ops.linear_buffers import (
+    LOGITS_BYTES,
+    LOGITS_BYTES_LOSS_ONLY,
+    known_to_be_true,
+    power_of_two_scale,
+)
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
-from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_losses, weigh_targets
+from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, vocab_shard
 
 MEMORIES = ("default", "low")
@@ -75,9 +78,11 @@ def linear_patch_cross_entropy(
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
-        a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Peak extra memory
-        is ``logits_bytes``, plus ``4 V D`` bytes for dW in fp32 if the head needs a gradient; for ``memory="low"`` it
-        is ``logits_bytes``, plus ``4 N D`` bytes if the input has 16 bits and needs a gradient.
+        a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Beyond results, the
+        logits take memory, and the input once more. They are kept until the backward. Logits that do not fit
+        ``logits_bytes`` take that much, and then a head that needs a gradient takes ``4 V D`` bytes for dW in fp32 (so
+        does one in fp16). ``memory="low"`` takes ``logits_bytes``, plus ``4 N D`` bytes if the input has 16 bits and
+        needs a gradient.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError, IndexError: as :func:`patch_cross_entropy`; also
@@ -102,19 +107,24 @@ def linear_patch_cross_entropy(
     if bias is not None:
         check_float_dtype("linear_bias", bias)
     _check_settings(weight, bias, memory, logits_bytes, shard)
-    x, weight, bias = _as_autocast(x, weight, bias)
-    _check_dtypes_and_devices(x, weight, bias)
-    backend = choose_backend(backend, x)
-    row_targets, c = weigh_targets(x, target, target_weight, ignore_index, reduction, return_losses)
+    check_target_weight(x, target, target_weight, reduction)
+    dtype = _autocast_dtype(x)
+    _check_dtypes_and_devices(x, weight, bias, dtype)
+    backend = choose_backend(backend, x, dtype)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    row_targets, row_weight = as_rows(x, target, target_weight)
     rows = x.reshape(row_targets.shape[0], x.shape[-1])  # -1 could not be resolved at D = 0
-    # Gradients that the forward computes do not depend on the input for autograd, and in transforms they should.
-    gradients_in_forward = memory == "default" and reduction != "none" and any(needs) and not transforms()
-    budgets = LOGITS_BYTES if gradients_in_forward else LOGITS_BYTES_LOSS_ONLY
-    call = _Call(needs, options, shard, logits_bytes or budgets.get(x.device.type, budgets["cuda"]), backend)
-    if gradients_in_forward:
-        loss, losses, *_ = _LinearLoss.apply(rows, weight, bias, row_targets, c, call)
+    budgets = LOGITS_BYTES if memory == "default" and reduction != "none" and any(needs) else LOGITS_BYTES_LOSS_ONLY
+    budget = logits_bytes or budgets.get(x.device.type, budgets["cuda"])
+    call = _Call(needs, options, shard or VocabShard(0, vocab, ""), budget, backend)
+    # What the forward keeps does not depend on the input for autograd, and in transforms it should.
+    if memory == "default" and reduction != "none" and not (any(needs) and transforms()):
+        keep = any(needs) and call.one_chunk(rows, linear_weight, dtype)
+        reduced = (row_targets, row_weight, reduction, return_losses, keep)
+        loss, losses = _scalar_loss(rows, weight, bias, dtype, call, *reduced)
     else:
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        row_targets, c = weigh_rows(row_targets, row_weight, ignore_index, reduction, return_losses, dtype)
         if memory == "low":
             losses = vocab_slice_losses(rows, weight, bias, row_targets, needs, options, logits_bytes, backend)
         else:
@@ -137,18 +147,17 @@ def _check_settings(
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
 
 
-def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts the tensors as ``F.linear`` does under autocast."""
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of ``F.linear(x, ...)``: that of autocast if it is enabled, except for fp64."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
-def _check_dtypes_and_devices(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_dtypes_and_devices(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+        if tensor is not None and (tensor.device != x.device or (tensor.dtype != x.dtype and dtype == x.dtype)):
             raise ValueError(
                 f"{name} must have the dtype and device of input ({x.dtype} on {x.device}), "
                 f"got {tensor.dtype} on {tensor.device}"
@@ -160,9 +169,27 @@ class _Call(NamedTuple):
 
     needs: list[bool]  # gradients of x, weight, bias
     options: LossOptions
-    shard: VocabShard | None
+    shard: VocabShard  # of an empty group: the whole vocabulary
     logits_bytes: int
     backend: str
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return *self.shard, self.logits_bytes, self.backend, *self.options
+
+    def one_chunk(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the logits of all rows fit the budget.
+
+        ``weight`` may be a DTensor, whose first shard is the largest.
+        """
+        columns = len(weight)
+        if self.shard.group:
+            columns = -(-columns // weight.device_mesh.size())  # type: ignore[attr-defined]
+        return known_to_be_true(len(x) * columns * dtype.itemsize <= self.logits_bytes)
+
+    def loss(self, *arguments: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = torch.ops.patchkernels.linear_loss(*arguments, *self.settings)
+        return results
 
     def losses_and_gradients(
         self,
@@ -172,40 +199,65 @@ class _Call(NamedTuple):
         target: Tensor,  # (N, K)
         c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
     ) -> tuple[Tensor, ...]:  # l, dx, dW, db
-        ops = torch.ops.patchkernels
-        op = ops.linear_vocab_parallel if self.shard else ops.linear_patch_cross_entropy
-        settings = (*(self.shard or ()), self.logits_bytes, self.backend, *self.options)
-        results: tuple[Tensor, ...] = op(x, weight, bias, target, c, self.needs, *settings)
+        op = torch.ops.patchkernels.linear_losses
+        results: tuple[Tensor, ...] = op(x, weight, bias, target, c, self.needs, *self.settings)
         return results
 
 
+def _scalar_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, call: _Call, *reduced: Any
+) -> tuple[Tensor, Tensor]:  # the loss (), l (N, K) without gradient
+    computed = [None if t is None else t.detach().to(dtype) for t in (x, weight, bias)]
+    function: Any = _LinearLoss.apply if any(call.needs) else _LinearLoss.forward
+    loss, losses, *_ = function(x, weight, bias, *computed, call, *reduced)
+    return loss, losses
+
+
 class _LinearLoss(Function):
-    """The weighted sum ``sum c l``. The forward computes its gradients, and the backward only scales them."""
+    """The weighted sum ``sum c l``.
+
+    ``x``, ``weight`` and ``bias`` are for autograd. What is computed with are the same three without a gradient, in the
+    dtype of autocast: gradients have the dtypes of the former, without a cast of their own.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, c: Tensor, call: _Call
+        x: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V)
+        cast_x: Tensor,
+        cast_weight: Tensor,
+        cast_bias: Tensor | None,
+        call: _Call,
+        target: Tensor,  # (N, K)
+        target_weight: Tensor | None,  # (K) or (N, K)
+        reduction: str,
+        every_loss: bool,
+        keep: bool,  # dlogits for the backward, instead of gradients
     ) -> tuple[Tensor, ...]:
-        scale, scaled_c = power_of_two_scale(c)
-        losses, *grads = call.losses_and_gradients(x, weight, bias, target, scaled_c)
-        return weigh_losses(losses, c).sum(), losses, scale, *grads
+        tensors = (cast_x, cast_weight, cast_bias, target, target_weight)
+        return call.loss(*tensors, reduction, every_loss, call.needs, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, _, _, ctx.call = inputs
-        _, losses, *saved = output
-        ctx.dtype = x.dtype
+        x, weight, bias, cast_x, cast_weight, _, ctx.call, *_, keep = inputs
+        _, *saved = output
+        ctx.dtypes = [x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(losses, *saved)
-        ctx.save_for_backward(*saved, x, weight, bias)  # the last three for first_derivative_only
+        ctx.mark_non_differentiable(*saved)
+        factors = (cast_x, cast_weight) if keep else (None, None)
+        ctx.save_for_backward(*saved[1:], *factors, x, weight, bias)  # the last three for first_derivative_only
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
-        scale, *grads = ctx.saved_tensors[:4]
-        return *_scale_gradients(grads, grad * scale, ctx.call.needs, ctx.dtype), None, None, None
+            return (None,) * 12
+        call, kept = ctx.call, ctx.saved_tensors[:7]
+        gradients = torch.ops.patchkernels.linear_gradients(
+            grad, *kept, call.needs, call.shard.group, call.backend, *ctx.dtypes
+        )
+        return *(g if needed else None for g, needed in zip(gradients, call.needs)), *(None,) * 9
 
 
 class _LinearLosses(Function):
@@ -227,15 +279,11 @@ class _LinearLosses(Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target = ctx.saved_tensors
+        call = ctx.call
         scale, c = power_of_two_scale(grad)
-        _, *grads = ctx.call.losses_and_gradients(x, weight, bias, target, c)
-        return *_scale_gradients(grads, scale, ctx.call.needs, x.dtype), None, None
-
-
-def _scale_gradients(grads: list[Tensor], scale: Tensor, needs: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
-    """The gradients times ``scale``, in the dtype of the parameters.
-
-    They are not changed in place, because a second backward needs them again. The product is taken in the dtype of the
-    scale: a GPU would round a scale of no dimensions to the dtype of the gradient, in fp16 to infinity.
-    """
-    return [(g.to(scale.dtype) * scale).to(dtype) if needed else None for g, needed in zip(grads, needs, strict=True)]
+        _, *sums = call.losses_and_gradients(x, weight, bias, target, c)
+        no_scale, no_dlogits = scale.new_empty(0), x.new_empty(0)
+        settings = (call.needs, call.shard.group, call.backend, *[x.dtype] * 3)
+        op = torch.ops.patchkernels.linear_gradients
+        gradients = op(scale, no_scale, no_dlogits, *sums, None, None, *settings)
+        return *(g if needed else None for g, needed in zip(gradients, call.needs)), None, None

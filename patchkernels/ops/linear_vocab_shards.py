@@ -17,65 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype, new_statistics, row_losses
-from patchkernels.ops.backend import implementation
-from patchkernels.ops.flop_formulas import linear_flops, register_flops
-from patchkernels.ops.linear_buffers import add_product, chunk_rows, logits_chunks, new_outputs, without_autocast
-from patchkernels.ops.vocab_shard import VocabShard, max_, process_group, sum_
+from patchkernels.numerics import LossOptions, accumulation_dtype, new_statistics, row_losses
+from patchkernels.ops.vocab_shard import VocabShard, max_, sum_
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_vocab_parallel",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, "
-    f"SymInt first, SymInt vocab, str group, SymInt logits_bytes, str backend, {LOSS_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-@without_autocast()
-def _losses_and_gradients(
-    x: Tensor,  # (N, D), the same on all ranks
-    weight: Tensor,  # (V_r, D)
-    bias: Tensor | None,  # (V_r)
-    target: Tensor,  # (N, K), classes of the whole vocabulary
-    c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
-    needs: list[bool],  # gradients of x, weight, bias
-    first: int,
-    vocab: int,
-    group: str,
-    logits_bytes: int,
-    backend: str,
-    *loss_options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # l (N, K), dx (N, D), dW_r and db_r in fp32; empty if not needed
-    options, shard = LossOptions(*loss_options), VocabShard(first, vocab, group)
-    cross_entropy = implementation("cross_entropy", backend)
-    need_dx, need_dw, need_db = needs
-    losses, dx, dw, db = new_outputs(x, weight, bias, target, c, needs)
-    dx.zero_(), dw.zero_(), db.zero_()
-    target = target.contiguous()
-    cross_entropy.check_targets(target, vocab, options.ignore_index)
-    # The largest shard decides the size of the chunks, so that it is the same on all ranks.
-    largest_shard = -(-vocab // process_group(group).size())
-    chunk = chunk_rows(len(x), largest_shard * x.element_size(), logits_bytes)
-    buffer = cross_entropy.logits_buffer(min(chunk, len(x)), weight)
-    for rows, z in logits_chunks(x, weight, bias, chunk, buffer):
-        statistics, picked = _statistics(z, target[rows], shard, options, cross_entropy)
-        losses[rows] = row_losses(statistics, picked, target[rows], vocab, options)
-        if c is None or not len(weight):
-            continue
-        dz = cross_entropy.slice_gradient_(z, first, vocab, target[rows], c[rows], statistics[:2], options)
-        if need_dx:
-            torch.mm(dz, weight, out=dx[rows])
-        if need_dw:
-            add_product(dw, dz.T, x[rows])
-        if need_db:
-            db += dz.sum(0, dtype=db.dtype)
-    if c is not None and need_dx:
-        sum_(dx, group)
-    return losses, dx, dw, db
-
-
-_losses_and_gradients.register_fake(new_outputs)
-register_flops(torch.ops.patchkernels.linear_vocab_parallel, linear_flops)
+def loss_and_gradient_(
+    z: Tensor,  # (n, V_r), of this process's classes
+    target: Tensor,  # (n, K), classes of the whole vocabulary
+    c: Tensor | None,  # (n, K), dL/dl; None: the losses alone
+    shard: VocabShard,
+    options: LossOptions,
+    cross_entropy: Any,  # the backend's module of this name
+) -> tuple[Tensor, Tensor | None]:  # l (n, K), dlogits (n, V_r)
+    """The losses, and with ``c`` dlogits, which overwrite the logits."""
+    statistics, picked = _statistics(z, target, shard, options, cross_entropy)
+    losses = row_losses(statistics, picked, target, shard.vocab, options)
+    if c is None or not z.shape[1]:
+        return losses, None if c is None else z
+    dz = cross_entropy.slice_gradient_(z, shard.first, shard.vocab, target, c, statistics[:2], options)
+    return losses, dz if dz is z else z.copy_(dz)
 
 
 def _statistics(

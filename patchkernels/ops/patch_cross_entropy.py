@@ -17,7 +17,7 @@ from torch import Tensor
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
 from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only
-from patchkernels.ops.targets import check_loss_arguments, reduce_losses, weigh_targets
+from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 
 
 def patch_cross_entropy(
@@ -72,9 +72,11 @@ def patch_cross_entropy(
     check_transforms("patch_cross_entropy", input)
     options = LossOptions(ignore_index, label_smoothing, softcap, z_loss_weight)
     check_loss_arguments(input, target, input.shape[-1] if input.ndim else 0, options, "logits (..., V)")
+    check_target_weight(input, target, target_weight, reduction)
     logits = input.reshape(-1, input.shape[-1])
-    backend = choose_backend(backend, input)
-    row_targets, c = weigh_targets(input, target, target_weight, ignore_index, reduction, return_losses)
+    backend = choose_backend(backend, input, input.dtype)
+    rows = as_rows(input, target, target_weight)
+    row_targets, c = weigh_rows(*rows, ignore_index, reduction, return_losses, input.dtype)
     losses, _ = _PatchCrossEntropy.apply(logits, row_targets, options, backend)
     loss = reduce_losses(losses, c, target.shape, reduction)
     return (loss, losses.detach().view(target.shape)) if return_losses else loss

@@ -78,7 +78,7 @@ def patch_embedding(
             raise ValueError(f"padding_idx must be in [{-vocab}, {vocab}), got {padding_idx}")
         padding_idx %= vocab
     patches = ids.unflatten(-1, (tokens // patch_size, patch_size))
-    backend = choose_backend(backend, weight)
+    backend = choose_backend(backend, weight, weight.dtype)
     if shard:
         out: Tensor = _ShardedPatchEmbedding.apply(patches, weight, padding_idx, shard, backend)
     else:

@@ -6,11 +6,14 @@ Ignored labels, weights, repeated targets and every reduction are expressed by o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchkernels.eager.targets import coefficients, weigh
 from patchkernels.numerics import (
     IGNORE_INDEX,
     LossOptions,
@@ -100,47 +103,13 @@ def check_loss_arguments(input: Tensor, target: Tensor, vocab: int, options: Los
     check_loss_options(options)
 
 
-def weigh_targets(
-    input: Tensor,  # (..., D) or (..., V)
-    target: Tensor,  # (..., K), or (...) for K = 1
-    target_weight: Tensor | None,  # (K) or the shape of target
-    ignore_index: int,
-    reduction: str,
-    return_losses: bool,
-) -> tuple[Tensor, Tensor]:  # target (N, K), c (N, K)
-    """The targets as rows and the matrix ``c``: ``loss = sum c l``, or ``c * l`` for ``reduction="none"``.
-
-    Targets of weight 0 are ignored, so that no logits are read for them alone, unless their losses are returned.
-
-    Raises:
-        ValueError: an unknown reduction, or a ``target_weight`` that does not fit.
-        TypeError: a ``target_weight`` that is no tensor, or complex.
-    """
+def check_target_weight(input: Tensor, target: Tensor, target_weight: Any, reduction: str) -> None:
+    """Raises ValueError or TypeError for an unknown reduction, and for weights that do not fit."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    dtype = accumulation_dtype(input.dtype)
-    slots = target.shape[-1] if target.ndim == input.ndim else 1
-    row_targets = target.reshape(-1, slots)
-    valid = row_targets != ignore_index
-    slot_weight = torch.ones(slots, dtype=dtype, device=row_targets.device)
-    weight = valid.to(dtype)
-    if target_weight is not None:
-        _check_target_weight(target_weight, target, slots, reduction)
-        if target_weight.shape == (slots,):
-            slot_weight = target_weight.to(dtype)
-        weight = torch.where(valid, target_weight.reshape(-1, slots).to(dtype), 0)
-    if not return_losses:
-        row_targets = torch.where(weight != 0, row_targets, ignore_index)
-    if reduction == "mean":
-        weight = _divide(weight, weight.sum())
-    elif reduction == "slot_mean":
-        count = valid.sum(0)
-        used = torch.where(count > 0, slot_weight, 0)
-        weight = _divide(torch.where(valid, _divide(used, used.sum()), 0), count)
-    return row_targets, weight
-
-
-def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, reduction: str) -> None:
+    if target_weight is None:
+        return
+    slots = _slots(input, target)
     if not isinstance(target_weight, Tensor):
         raise TypeError(f"target_weight must be a tensor, got {target_weight!r}")
     if target_weight.is_complex():
@@ -160,9 +129,35 @@ def _check_target_weight(target_weight: Tensor, target: Tensor, slots: int, redu
         )
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, 0 where the numerator is 0. Weights that sum to 0 without being 0 give infinities, as in torch."""
-    return torch.where(numerator != 0, numerator / denominator, 0)
+def _slots(input: Tensor, target: Tensor) -> int:
+    return target.shape[-1] if target.ndim == input.ndim else 1
+
+
+def as_rows(
+    input: Tensor,  # (..., D) or (..., V)
+    target: Tensor,  # (..., K), or (...) for K = 1
+    target_weight: Tensor | None,  # (K) or the shape of target
+) -> tuple[Tensor, Tensor | None]:  # (N, K); (K) or (N, K)
+    """Targets and their weights without leading dimensions."""
+    slots = _slots(input, target)
+    if target_weight is not None and target_weight.shape != (slots,):
+        target_weight = target_weight.reshape(-1, slots)
+    return target.reshape(-1, slots), target_weight
+
+
+def weigh_rows(
+    target: Tensor,  # (N, K)
+    target_weight: Tensor | None,  # (K) or (N, K)
+    ignore_index: int,
+    reduction: str,
+    return_losses: bool,
+    dtype: torch.dtype,  # of the logits
+) -> tuple[Tensor, Tensor]:  # target (N, K), c (N, K)
+    """The targets and the matrix ``c``: ``loss = sum c l``, or ``c * l`` for ``reduction="none"``.
+
+    Targets of weight 0 are ignored, so that no logits are read for them alone, unless their losses are returned.
+    """
+    return coefficients(target, target_weight, ignore_index, reduction, return_losses, accumulation_dtype(dtype))
 
 
 def reduce_losses(
@@ -172,13 +167,5 @@ def reduce_losses(
     reduction: str,
 ) -> Tensor:
     """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets."""
-    weighted = weigh_losses(losses, c)
+    weighted = weigh(losses, c)
     return weighted.reshape(shape) if reduction == "none" else weighted.sum()
-
-
-def weigh_losses(
-    losses: Tensor,  # (N, K)
-    c: Tensor,  # (N, K)
-) -> Tensor:  # (N, K)
-    """``c * l``, and 0 where ``c`` is 0, also for a loss that is NaN."""
-    return torch.where(c != 0, losses * c, 0)

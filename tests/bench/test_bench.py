@@ -134,7 +134,8 @@ def test_peak_memory_is_what_the_docstring_says():
         call = lambda loss=loss: gradients(lambda x, w: loss(x, w, target), leaves)  # noqa: E731
         extra[memory] = peak_extra_bytes(call, torch.device("cpu")) - bytes_of(call())
     assert extra["low"] <= 0.01 * n * v * 2
-    assert extra["default"] <= 1.05 * (min(4 * n * v, LOGITS_BYTES["cpu"]) + 4 * v * d)
+    in_chunks = LOGITS_BYTES["cpu"] + 4 * v * d  # the head's gradient is summed in fp32
+    assert 4 * n * v > LOGITS_BYTES["cpu"] and extra["default"] <= 1.05 * in_chunks
     assert extra["default"] > 10 * extra["low"]
 
 

@@ -31,7 +31,10 @@ def report() -> dict[str, dict]:
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_default_configurations_build_without_spills(report, target):
     cases = {name: case for name, case in report.items() if name.endswith(target)}
-    for kernel in ("cross_entropy", "slice_statistics", "patch_embedding", "block_sums", "backward"):
+    for kernel in (
+        "cross_entropy", "slice_statistics", "patch_embedding", "block_sums", "backward", "scale", "coefficients",
+        "weighted_sum",
+    ):  # fmt: skip
         assert any(name.startswith(kernel) for name in cases)
     assert {name: case["spilled_bytes"] for name, case in cases.items() if case["spilled_bytes"]} == {}
     assert max(case["shared_bytes"] for case in cases.values()) <= SHARED_LIMIT[target]

@@ -47,6 +47,9 @@ KERNELS = (
     "patch_embedding_kernel",
     "patch_embedding_block_sums_kernel",
     "patch_embedding_backward_kernel",
+    "scale_kernel",
+    "target_coefficients_kernel",
+    "weighted_sum_kernel",
 )
 
 

@@ -10,8 +10,8 @@ import torch
 from patchkernels.numerics import LossOptions
 from patchkernels.training.processes import Processes, joined
 
-cross_entropy = pytest.importorskip("patchkernels.kernels.cross_entropy")
-patch_embedding = pytest.importorskip("patchkernels.kernels.patch_embedding")
+KERNEL_MODULES = pytest.importorskip("bench.fake_cuda").KERNEL_MODULES
+cross_entropy, patch_embedding, scaling, targets = KERNEL_MODULES
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def launches(monkeypatch):
             return lambda *_, **__: found.append(current[-1])
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in (cross_entropy, patch_embedding):
+    for module in KERNEL_MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel())
     return found
@@ -47,7 +47,11 @@ def test_every_launch_is_guarded(launches):
     ids, weight = torch.zeros(100, 2, dtype=torch.long), torch.randn(5, 8)
     patch_embedding.forward(ids, weight, None)
     patch_embedding.backward(torch.randn(100, 8), ids, 5, None)
-    assert launches == [torch.device("cpu")] * 8
+    scaling.scaled(logits, torch.ones(()), torch.float32)
+    scaling.scale_(logits, torch.ones(()))
+    targets.coefficients(target, None, -100, "mean", False, torch.float32)
+    targets.weighted_sum(losses, c)
+    assert launches == [torch.device("cpu")] * 12
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])

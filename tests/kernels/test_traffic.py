@@ -13,7 +13,8 @@ if not triton_on_cpu.ARCHITECTURE:
 
 import triton
 
-from patchkernels.kernels import cross_entropy, patch_embedding
+from bench.fake_cuda import KERNEL_MODULES
+from patchkernels.kernels import cross_entropy, patch_embedding, scaling, targets
 from patchkernels.kernels.traffic import TRAFFIC
 from patchkernels.numerics import LossOptions, new_statistics
 
@@ -39,7 +40,7 @@ class Recorded:
 def launched(monkeypatch):
     """The launches: a kernel's name, its arguments, and how many warps run."""
     found = []
-    for module in (cross_entropy, patch_embedding):
+    for module in KERNEL_MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorded(getattr(module, name), found))
     return found
@@ -109,3 +110,24 @@ def test_patch_embedding(check, hidden, slots, padding_idx):
         patch_embedding.backward, torch.randn(len(ids), hidden), ids, vocab, padding_idx,
         kernels=["patch_embedding_block_sums_kernel", "patch_embedding_backward_kernel"], again=40,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scaling(check, dtype):
+    values, scale, one = torch.randn(70, 333).to(dtype), torch.tensor(3.0), torch.ones(())
+    check(scaling.scaled, values, scale, torch.bfloat16, kernels=["scale_kernel"], again=4)
+    check(scaling.scale_, values, scale, kernels=["scale_kernel"], again=4)
+    with pytest.raises(AssertionError, match="scale_kernel"):  # by 1 nothing moves
+        check(scaling.scale_, values, one, kernels=["scale_kernel"], again=4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "slot_mean"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_targets(check, slots, reduction, weighted):
+    target = torch.randint(0, 99, (5000, slots))
+    weight = torch.rand(slots) if reduction == "slot_mean" else torch.rand(5000, slots)
+    arguments = (target, weight if weighted else None, -100, reduction, False, torch.float32)
+    check(targets.coefficients, *arguments, kernels=["target_coefficients_kernel"], again=200)
+    check(targets.weighted_sum, weight.expand(5000, slots).contiguous(), 1 + target.float(),
+          kernels=["weighted_sum_kernel"], again=4)  # fmt: skip

@@ -48,6 +48,9 @@ def test_opcheck(backend, dtype):
     largest = logits.float().amax(-1)
     statistics = torch.stack([largest, (logits.float() - largest[:, None]).exp().sum(-1)])
     options = (-100, 0.1, 2.0, 0.01)
+    settings = (0, 30, "", 10**4, backend, *options)
+    one, empty, dlogits = torch.ones((), device=DEVICE), x.new_empty(0), torch.randn_like(logits)
+    dtypes = [dtype, torch.float32, dtype]
     cases = [
         (ops.patch_embedding, (ids, weight, None, backend)),
         (ops.patch_embedding, (ids.T[:K, :3].T, weight.T.contiguous().T, 3, backend)),
@@ -55,15 +58,18 @@ def test_opcheck(backend, dtype):
         (ops.patch_cross_entropy, (logits, ids, backend, *options)),
         (ops.patch_cross_entropy_backward, (c, logits, ids, statistics, backend, *options)),
         (ops.patch_cross_entropy_backward, (c, logits.T.contiguous().T, ids, statistics, backend, *options)),
-        (ops.linear_patch_cross_entropy, (x, weight, None, ids, None, [False] * 3, 200, backend, *options)),
+        (ops.linear_losses, (x, weight, None, ids, None, [False] * 3, *settings)),
+        (ops.linear_losses, (x, weight, weight[:, 0], ids, c, [True] * 3, *settings)),
+        (ops.linear_losses, (x, weight, None, ids, c, [True, False, False], *settings)),
+        (ops.linear_loss, (x, weight, None, ids, None, "mean", False, [False] * 3, False, *settings)),
+        (ops.linear_loss, (x, weight, weight[:, 0], ids, c[0], "slot_mean", True, [True] * 3, False, *settings)),
+        (ops.linear_loss, (x, weight, weight[:, 0], ids, c, "sum", False, [True] * 3, True, *settings)),
+        (ops.linear_gradients, (one, empty, dlogits, *[empty] * 3, x, weight, [True] * 3, "", backend, *dtypes)),
         (
-            ops.linear_patch_cross_entropy,
-            (x, weight, weight[:, 0], ids, c, [True] * 3, 200, backend, *options),
+            ops.linear_gradients,
+            (one, one, dlogits, *[empty] * 3, x, weight, [False, True, False], "", backend, *dtypes),
         ),
-        (
-            ops.linear_patch_cross_entropy,
-            (x, weight, None, ids, c, [True, False, False], 200, backend, *options),
-        ),
+        (ops.linear_gradients, (one, one, empty, x, c, empty, None, None, [True, True, False], "", backend, *dtypes)),
         (ops.linear_low_memory, (x, weight, None, ids, 200, backend, *options)),
         (ops.linear_low_memory, (x, weight, weight[:, 0], ids, 10**6, backend, *options)),
         (
@@ -158,18 +164,19 @@ def test_no_grad_and_frozen_parameters_form_no_gradients(tensors, monkeypatch):
     ids, embedding, head = tensors
     hidden, target = patch_embedding(ids, embedding, K).detach(), next_patch_targets(ids, K)
     asked = []
-    original = _Call.losses_and_gradients
+    original = _Call.loss
 
-    def spy(self, *tensors):
-        asked.append((tensors[4] is not None, self.needs))
-        return original(self, *tensors)
+    def spy(self, *arguments):
+        asked.append(arguments[-2:])
+        return original(self, *arguments)
 
-    monkeypatch.setattr(_Call, "losses_and_gradients", spy)
+    monkeypatch.setattr(_Call, "loss", spy)
     with torch.no_grad():
         linear_patch_cross_entropy(hidden, head, target)
     linear_patch_cross_entropy(hidden, head.detach(), target)
     linear_patch_cross_entropy(hidden, head, target)
-    assert asked == [(False, [False] * 3), (False, [False] * 3), (True, [False, True, False])]
+    linear_patch_cross_entropy(hidden, head, target, logits_bytes=200)
+    assert asked == [([False] * 3, False)] * 2 + [([False, True, False], keep) for keep in (True, False)]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

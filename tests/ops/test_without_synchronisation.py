@@ -138,7 +138,9 @@ def test_under_autocast(gpu):
     with torch.autocast("cuda", torch.bfloat16):
         gpu.backward(patchkernels.linear_patch_cross_entropy(x, weight, labels(N, K)))
     assert weight.grad.dtype == torch.float32
-    assert kernels(gpu) == ["patch_cross_entropy_kernel"]
+    assert gpu.sums == [(torch.float32, torch.bfloat16, torch.bfloat16)] * 2, "dx and dW, in fp32 as they are"
+    loss = ["target_coefficients_kernel", "patch_cross_entropy_kernel", "weighted_sum_kernel"]
+    assert kernels(gpu) == [*loss, *["scale_kernel"] * 2]
 
 
 def test_the_oldest_torch_has_our_products(gpu):
@@ -169,11 +171,16 @@ def group():
 def test_sharded_vocabulary(group, gpu):
     ops, target, needs = torch.ops.patchkernels, labels(N, K), [True, True, True]
     x, weight, bias = (t.detach() for t in (leaf(N, D), leaf(V, D), leaf(V)))
+    settings = (0, 2 * V, group, N * V, "triton", *LossOptions(label_smoothing=0.1))
     for c in (None, torch.rand(N, K, device="cuda")):
-        outputs = ops.linear_vocab_parallel(
-            x, weight, bias, target, c, needs, 0, 2 * V, group, N * V, "triton", *LossOptions(label_smoothing=0.1)
-        )
-        assert outputs[0].shape == (N, K)
+        assert ops.linear_losses(x, weight, bias, target, c, needs, *settings)[0].shape == (N, K)
+    one_chunk = (*settings[:3], 2 * N * V, *settings[4:])
+    for keep in (False, True):
+        results = ops.linear_loss(x, weight, bias, target, None, "mean", False, needs, keep, *one_chunk)
+        factors = (x, weight) if keep else (None, None)
+        dtypes = [torch.bfloat16] * 3
+        gradients = ops.linear_gradients(results[0], *results[2:], *factors, needs, group, "triton", *dtypes)
+        assert [gradient.shape for gradient in gradients] == [x.shape, weight.shape, bias.shape]
     assert "slice_statistics_kernel" in kernels(gpu)
     for padding_idx in (None, 3):
         assert ops.embedding_vocab_parallel(target, weight, padding_idx, 0, 2 * V, group).shape == (N, D)
@@ -211,6 +218,7 @@ def test_launches_on_the_gpu_of_the_tensors(gpu):
     assert {(launch.current, *launch.tensors) for launch in gpu.launches} == {(1, 1)}
     assert {launch.kernel for launch in gpu.launches} == {
         "patch_embedding_kernel", "patch_embedding_block_sums_kernel", "patch_embedding_backward_kernel",
-        "patch_cross_entropy_kernel", "slice_statistics_kernel",
+        "patch_cross_entropy_kernel", "slice_statistics_kernel", "target_coefficients_kernel", "weighted_sum_kernel",
+        "scale_kernel",
     }  # fmt: skip
     assert gpu.current == 0

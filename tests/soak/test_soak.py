@@ -13,7 +13,7 @@ from soak.check import check, smaller
 
 import patchkernels.eager.cross_entropy
 import patchkernels.eager.patch_embedding
-import patchkernels.ops.linear_patch_cross_entropy
+import patchkernels.eager.scaling
 import patchkernels.ops.targets
 
 CASES = 60 if triton_on_cpu.ARCHITECTURE else 900  # about 40 seconds on one core
@@ -37,7 +37,7 @@ LOGITS = LossCase(dtype="float32", leading=(3,), slots=2, vocab=30, needs=("inpu
 HEAD = dataclasses.replace(LOGITS, form="linear", needs=("input", "weight"), upstream="scaled")
 EMBEDDING = EmbeddingCase(patches=4, patch_size=3, hidden=8, needs=("weight",))
 CROSS_ENTROPY, LOOKUP = patchkernels.eager.cross_entropy, patchkernels.eager.patch_embedding
-LINEAR = patchkernels.ops.linear_patch_cross_entropy
+SCALING = patchkernels.eager.scaling
 
 
 def off_by(relative):
@@ -54,10 +54,8 @@ def off_by(relative):
 
 
 def scaled_in_place(function):
-    """Scales gradients that were saved for the backward, unseen by autograd's check of versions."""
-    return lambda grads, scale, needs, dtype: [
-        g.data.mul_(scale).to(dtype) if n else None for g, n in zip(grads, needs)
-    ]
+    """Scales what was saved for the backward, unseen by autograd's check of versions."""
+    return lambda values, scale, dtype: values.data.mul_(scale).to(dtype)
 
 
 def changing(function):
@@ -74,7 +72,7 @@ PLANTED = {
     "loss off by 1 in 10^5": (LOGITS, CROSS_ENTROPY, "loss", off_by(1e-5), "error of the loss"),
     "gradient off by 1 in 10^5": (LOGITS, CROSS_ENTROPY, "logits_gradient", off_by(1e-5), "gradient of input"),
     "embedding off by 1 in 10^5": (EMBEDDING, LOOKUP, "forward", off_by(1e-5), "error of the embedding"),
-    "gradients scaled in place": (HEAD, LINEAR, "_scale_gradients", scaled_in_place, "differ"),
+    "hidden states scaled in place": (HEAD, SCALING, "scaled", scaled_in_place, "differ|was changed"),
     "logits overwritten": (LOGITS, CROSS_ENTROPY, "loss", overwriting, "an input was changed"),
     "not deterministic": (LOGITS, CROSS_ENTROPY, "loss", changing, "two calls differ"),
 }

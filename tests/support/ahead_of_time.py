@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchkernels.kernels import cross_entropy, patch_embedding
+from patchkernels.kernels import cross_entropy, patch_embedding, scaling, targets
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,7 +126,39 @@ def patch_embedding_cases() -> dict[str, tuple]:
     return cases
 
 
-CASES = {**cross_entropy_cases(), **patch_embedding_cases()}
+def small_cases() -> dict[str, tuple]:
+    cases = {}
+    for dtype in DTYPES:
+        for in_place in (False, True):
+            cases[f"scale-{dtype}-in_place={in_place}"] = (
+                scaling.scale_kernel,
+                {"values_ptr": "*" + dtype, "scale_ptr": "*fp32", "out_ptr": "*" + dtype, "elements": "i32"},
+                {"IN_PLACE": in_place, "BLOCK": scaling.BLOCK},
+                scaling.NUM_WARPS,
+            )
+    for slots in (1, 4, 17):
+        config = targets.launch_config(slots)
+        warps = config.pop("num_warps")
+        for reduction in targets.REDUCTIONS.values():
+            cases[f"coefficients-{slots}-{reduction}"] = (
+                targets.target_coefficients_kernel,
+                {
+                    "target_ptr": "*i64", "kept_ptr": "*i64", "weight_ptr": "*fp32", "c_ptr": "*fp32",
+                    "N": "i32", "ignore_index": "i32", "weight_stride": "i32",
+                },
+                {"SLOTS": slots, "WEIGHTED": True, "REDUCTION": reduction, "EVERY_LOSS": False, **config},
+                warps,
+            )  # fmt: skip
+    cases["weighted_sum"] = (
+        targets.weighted_sum_kernel,
+        {"losses_ptr": "*fp32", "c_ptr": "*fp32", "total_ptr": "*fp32", "elements": "i32"},
+        {"BLOCK": targets.BLOCK},
+        targets.NUM_WARPS,
+    )
+    return cases
+
+
+CASES = {**cross_entropy_cases(), **patch_embedding_cases(), **small_cases()}
 
 
 def build(name: str, target: str):

@@ -23,7 +23,8 @@ from ptx_machine.driver import Launch, Launcher, MachineDriver
 from ptx_machine.machine import Options
 from triton.backends.compiler import GPUTarget
 
-from patchkernels.kernels import cross_entropy, patch_embedding
+from patchkernels.kernels import cross_entropy, patch_embedding, scaling
+from patchkernels.kernels import targets as kernel_targets
 from patchkernels.numerics import LossOptions
 
 SLOTS = (1, 2, 3, 4, 8, 17)
@@ -50,6 +51,25 @@ PATCH_EMBEDDING = {
     "layout": LAYOUTS,
     "ids": (torch.int64, torch.int32),
     "begin": (0, 1),
+}
+
+
+SCALING = {
+    "dtype": CROSS_ENTROPY["dtype"],
+    "result": CROSS_ENTROPY["dtype"],
+    "elements": (1, 7, 16, 100, 5008),
+    "in_place": (False, True),
+    "begin": (0, 1),
+}
+TARGETS = {
+    "slots": SLOTS,
+    "rows": (1, 2, 16, 100),
+    "weight": (None, "slot", "target"),
+    "reduction": ("sum", "mean", "slot_mean"),
+    "every_loss": (False, True),
+    "targets": CROSS_ENTROPY["targets"],
+    "ignore_index": CROSS_ENTROPY["ignore_index"],
+    "begin": (0, 1, 2),
 }
 
 
@@ -139,7 +159,31 @@ def launch_patch_embedding(
     patch_embedding.backward(rows_of(len(numbers), hidden, dtype, layout), numbers, vocab, padding_idx)
 
 
-LAUNCHES = ((launch_cross_entropy, CROSS_ENTROPY), (launch_patch_embedding, PATCH_EMBEDDING))
+def launch_scaling(dtype: torch.dtype, result: torch.dtype, elements: int, in_place: bool, begin: int) -> None:
+    values, scale = zeros(elements, dtype=dtype, begin=begin), zeros()
+    if in_place:
+        scaling.scale_(values, scale)
+    else:
+        scaling.scaled(values, scale, result)
+
+
+def launch_targets(
+    slots: int, rows: int, weight: str | None, reduction: str, every_loss: bool, targets: torch.dtype,
+    ignore_index: int, begin: int,
+) -> None:  # fmt: skip
+    if weight == "target" and reduction == "slot_mean":
+        weight = "slot"  # which it takes alone
+    shape = {None: (), "slot": (slots,), "target": (rows, slots)}[weight]
+    given = None if weight is None else zeros(*shape, begin=begin)
+    target = zeros(rows, slots, dtype=targets, begin=begin)
+    kernel_targets.coefficients(target, given, ignore_index, reduction, every_loss, torch.float32)
+    kernel_targets.weighted_sum(zeros(rows, slots, begin=begin), zeros(rows, slots))
+
+
+LAUNCHES = (
+    (launch_cross_entropy, CROSS_ENTROPY), (launch_patch_embedding, PATCH_EMBEDDING), (launch_scaling, SCALING),
+    (launch_targets, TARGETS),
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from patchkernels import linear_patch_cross_entropy, patch_cross_entropy, refere
 from patchkernels.numerics import IGNORE_INDEX
 
 BACKENDS = ("eager", "triton")
-FORMS = ("logits", "linear", "low memory")
+FORMS = ("logits", "linear", "linear in chunks", "low memory")
 OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
@@ -34,7 +34,8 @@ def targets(rows: int, slots: int, vocab: int, ignored: float = 0.3, ignore_inde
 
 def loss_forms(backend: str):
     """For each form: our function, its definition in ``reference``, and a function that draws the inputs of both."""
-    fused = {"logits_bytes": 700, "backend": backend}  # a few rows per chunk, a few classes per slice
+    whole = {"backend": backend}
+    fused = {"logits_bytes": 700, **whole}  # a few rows per chunk, a few classes per slice
     linear_inputs = lambda rows, vocab, dtype: [  # noqa: E731
         normal(rows, 6, dtype=dtype),
         normal(vocab, 6, dtype=dtype),
@@ -47,6 +48,11 @@ def loss_forms(backend: str):
             lambda rows, vocab, dtype: [2 * normal(rows, vocab, dtype=dtype)],
         ),
         "linear": (
+            lambda x, w, b, **o: linear_patch_cross_entropy(x, w, linear_bias=b, **whole, **o),
+            lambda x, w, b, **o: reference.linear_patch_cross_entropy(x, w, linear_bias=b, **o),
+            linear_inputs,
+        ),
+        "linear in chunks": (
             lambda x, w, b, **o: linear_patch_cross_entropy(x, w, linear_bias=b, **fused, **o),
             lambda x, w, b, **o: reference.linear_patch_cross_entropy(x, w, linear_bias=b, **o),
             linear_inputs,
