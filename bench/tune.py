@@ -75,7 +75,7 @@ def search(case: Case) -> list[tuple[float, str]]:
     functions: dict[str, Callable[[], Tensor]] = {"default": case.run}
 
     def run_with(config: dict[str, int]) -> Tensor:
-        case.module.launch_config = lambda columns: config
+        case.module.launch_config = lambda *_: config
         try:
             return case.run()
         finally:

@@ -4,6 +4,9 @@
     pass 2   dz = (sum_k c_k) exp(z - max) / s,   then the K targets' entries, computed in fp32 and rounded once
 
 A launch runs one of the passes or both. The gradient may overwrite the logits if they are the library's own buffer.
+
+With both, a row is read twice. Only so many programs run that their rows fit the GPU's cache, and each goes from row to
+row. The second reading finds its row in the cache: memory is read once.
 """
 
 from __future__ import annotations
@@ -13,17 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from patchkernels.kernels.cross_entropy_rows import (
+    factors,
+    has_target,
+    load_targets,
+    move_maximum,
+    online_softmax,
+    store_softmax_gradient,
+    target_gradient,
+    target_losses,
+    used_softmax,
+)
 from patchkernels.numerics import LossOptions
 
-MAX_BLOCK = 4096  # elements of a row that a program holds at a time
-NUM_WARPS = 8  # for a block of MAX_BLOCK: 16 values per thread; with more values, ptxas spills registers
+VALUES = 16  # of a row that a thread holds at a time; with more, ptxas spills registers
+MAX_BLOCK = 4096  # columns that a program holds at a time, where several programs share a multiprocessor
+CACHE_BYTES = 36 * 2**20  # for rows that are read twice: of 50 MB of L2 on an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
+MOST_WARPS = 16  # with more, ptxas has too few registers for each thread
 ROW_ALIGNMENT = 16  # elements; rows that begin at multiples of it are read in whole vectors, whatever V is
 
 
-def launch_config(vocab: int) -> dict[str, int]:
-    """``BLOCK_V`` and ``num_warps`` for rows of ``vocab`` logits."""
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(vocab)))
-    return {"BLOCK_V": block, "num_warps": max(1, NUM_WARPS * block // MAX_BLOCK)}
+def programs_at_a_time(rows: int, row_bytes: int, passes: int) -> int:
+    """All rows at once, or as many as fit the cache if they are read twice."""
+    return rows if passes == 1 else min(rows, max(CACHE_BYTES // row_bytes, 1))
+
+
+def launch_config(columns: int, rows: int, programs: int) -> dict[str, int]:
+    """``BLOCK_V`` and ``num_warps``: the fewer programs share the rows, the more bytes each has on the way."""
+    largest, most = MAX_BLOCK, 32 * VALUES * MOST_WARPS
+    while programs < rows and largest < most and programs * largest < 4 * MAX_BLOCK * MULTIPROCESSORS:
+        largest *= 2
+    block = min(largest, max(128, triton.next_power_of_2(columns)))
+    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * VALUES))}
 
 
 def loss(
@@ -83,8 +108,8 @@ def slice_statistics_(
                 logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits),
                 options.ignore_index, options.softcap or 1.0,
                 SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
-                SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None, **launch_config(columns),
-                enable_fp_fusion=True,
+                SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None,
+                **launch_config(columns, rows, rows), enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -138,19 +163,21 @@ def _launch(
         return
     slots = target.shape[1]
     statistics = statistics.contiguous()
+    passes = (losses is not None) + (dlogits is not None)
+    programs = programs_at_a_time(rows, columns * logits.element_size(), passes)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        patch_cross_entropy_kernel[(rows,)](
+        patch_cross_entropy_kernel[(programs,)](
             logits, target.contiguous(),
             c.contiguous() if c is not None else statistics,  # Triton needs a tensor for an unused pointer too
             losses if losses is not None else statistics,
             statistics,
             dlogits if dlogits is not None else logits,
-            logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
+            rows, logits.stride(0), logits.stride(0) if dlogits is None else dlogits.stride(0),
             first, columns, vocab or columns, _readable(columns, logits, dlogits),
             options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
             SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LOSS=losses is not None,
             NEEDS_GRAD=dlogits is not None, SMOOTHING=options.label_smoothing > 0,
-            SOFTCAP=options.softcap is not None, **launch_config(columns), enable_fp_fusion=True,
+            SOFTCAP=options.softcap is not None, **launch_config(columns, rows, programs), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -171,141 +198,7 @@ def _has_room(tensor: Tensor, columns: int) -> bool:
     return stride % ROW_ALIGNMENT == 0 and stride >= columns and end <= elements
 
 
-@triton.jit
-def _tanh(x):
-    # (1 - e) / (1 + e) loses its digits near 0. Below 1, Lambert's continued fraction to x^7 is exact to 1e-9.
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = tl.minimum(x * x, 1.0)
-    near = x * (135135.0 + s * (17325.0 + s * (378.0 + s))) / (135135.0 + s * (62370.0 + s * (3150.0 + s * 28.0)))
-    return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _has_target(target_ptr, slots, ignore_index, SLOTS: tl.constexpr):
-    """Whether a row has a target that is not ignored."""
-    target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
-    return tl.sum((target != ignore_index).to(tl.int32), 0) > 0
-
-
-@triton.jit
-def _load_targets(
-    logits_ptr, target_ptr, slots, first, V, ignore_index, softcap, SLOTS: tl.constexpr, SOFTCAP: tl.constexpr
-):
-    """Loads the targets of a row.
-
-    Returns for each target whether it is valid (not ignored), its column, or -1 if it is ignored or not one of the V
-    columns here, its logit, and the slope of the soft cap at that logit.
-    """
-    target = tl.load(target_ptr + slots, mask=slots < SLOTS, other=ignore_index).to(tl.int64)
-    valid = target != ignore_index
-    column = target - first
-    column = tl.where(valid & (column >= 0) & (column < V), column, -1).to(tl.int32)
-    picked = tl.load(logits_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
-    slope = 1.0
-    if SOFTCAP:
-        t = _tanh(picked / softcap)
-        picked = softcap * t
-        slope = 1.0 - t * t
-    return valid, column, picked, slope
-
-
-@triton.jit
-def _online_softmax(
-    logits_ptr, V, end, readable, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """``max z``, ``sum exp(z - max)`` and (with SMOOTHING) ``sum (z - max)`` of a row; ``end`` is V, or 0 for none."""
-    zero = tl.full((), 0.0, tl.float32)
-    largest, total, below = zero - float("inf"), zero, zero
-    for start in range(0, end, BLOCK_V):
-        offsets = start + tl.arange(0, BLOCK_V)
-        z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
-        if SOFTCAP:
-            z = softcap * _tanh(z / softcap)
-        z = tl.where(offsets < V, z, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(z, 0))
-        shift, moved = _move_maximum(largest, new_largest)
-        z -= shift
-        if SMOOTHING:
-            below += start * moved + tl.sum(tl.where(offsets < V, z, 0.0), 0)
-        total = total * tl.exp(moved) + tl.sum(tl.exp(z), 0)
-        largest = new_largest
-    return largest, total, below
-
-
-@triton.jit
-def _move_maximum(largest, new_largest):
-    """What to subtract from logits for a new maximum, and what to add to differences from the former one.
-
-    Both are 0 where a maximum is -inf, since -inf - -inf is NaN. Sums over such columns are 0 or -inf and stay so.
-    """
-    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    moved = tl.where(largest == float("-inf"), 0.0, largest - shift)
-    return shift, moved
-
-
-@triton.jit
-def _losses(
-    largest, log_total, mean_below, picked, column, valid, label_smoothing, z_loss_weight, SMOOTHING: tl.constexpr
-):
-    """The loss of each target of a row: 0 where it is ignored, NaN where it is outside [0, V).
-
-    ``mean_below`` is the mean of ``z - max``. Differences from the maximum come first: log-sum-exp, rounded at logits
-    of 1e4, would be off by 5e-4.
-    """
-    loss = largest - picked
-    if SMOOTHING:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * mean_below
-    lse = largest + log_total
-    loss += log_total + z_loss_weight * lse * lse
-    return tl.where(column >= 0, loss, tl.where(valid, float("nan"), 0.0))
-
-
-@triton.jit
-def _factors(c, largest, total, log_total, vocab, label_smoothing, z_loss_weight):
-    """What multiplies ``exp(z - max)`` in a row's gradient, and what label smoothing subtracts for every class."""
-    total_c = tl.sum(c, 0)
-    return total_c * (1.0 + 2.0 * z_loss_weight * (largest + log_total)) / total, total_c * label_smoothing / vocab
-
-
-@triton.jit
-def _store_softmax_gradient(
-    logits_ptr,
-    dlogits_ptr,
-    factor,
-    shared,
-    largest,
-    used,  # False: all c of the row are 0, and so is its gradient, whatever the logits are
-    V,
-    readable,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Stores ``factor exp(z - max) - shared``, times the slope of the soft cap, for every column of a row."""
-    for start in range(0, V, BLOCK_V):
-        offsets = start + tl.arange(0, BLOCK_V)
-        if used:
-            z = tl.load(logits_ptr + offsets, mask=offsets < readable, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                t = _tanh(z / softcap)
-                dz = (factor * tl.exp(softcap * t - largest) - shared) * (1.0 - t * t)
-            else:
-                dz = factor * tl.exp(z - largest) - shared
-        else:
-            dz = tl.zeros((BLOCK_V,), tl.float32)
-        tl.store(dlogits_ptr + offsets, dz.to(dlogits_ptr.dtype.element_ty), mask=offsets < readable)
-
-
-@triton.jit
-def _target_gradient(column, c, picked, slope, factor, shared, largest, used, label_smoothing):
-    """The complete gradient in the targets' columns, in fp32. Where a target is repeated, each has the same sum."""
-    same = column[:, None] == column[None, :]
-    at_target = tl.sum(tl.where(same, c[None, :], 0.0), 1) * (1.0 - label_smoothing)
-    return tl.where(used, (factor * tl.exp(picked - largest) - shared - at_target) * slope, 0.0)
-
-
-@triton.jit(do_not_specialize=["first", "vocab", "ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
+@triton.jit(do_not_specialize=["N", "first", "vocab", "ignore_index", "label_smoothing", "softcap", "z_loss_weight"])
 def patch_cross_entropy_kernel(
     logits_ptr,  # (N, V), unit stride along V
     target_ptr,  # (N, K)
@@ -313,6 +206,7 @@ def patch_cross_entropy_kernel(
     losses_ptr,  # (N, K), fp32
     statistics_ptr,  # (2, N), fp32: max z, sum exp(z - max); written if NEEDS_LOSS, read if not
     dlogits_ptr,  # (N, V), may be the logits
+    N,
     logits_stride,
     dlogits_stride,
     first,  # the class of the first column
@@ -331,43 +225,41 @@ def patch_cross_entropy_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # N * V may exceed 2^31
-    logits_ptr += row * logits_stride
-    dlogits_ptr += row * dlogits_stride
-    largest_ptr = statistics_ptr + row
-    total_ptr = largest_ptr + tl.num_programs(0)
     slots = tl.arange(0, BLOCK_K)
-    if NEEDS_LOSS:
-        # The logits of a row without a valid target are not read: its losses are 0.
-        used = _has_target(target_ptr + row * SLOTS, slots, ignore_index, SLOTS)
-        end = tl.where(used, V, 0)
-        largest, total, below = _online_softmax(logits_ptr, V, end, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
-        largest, total = tl.where(used, largest, 0.0), tl.where(used, total, 1.0)
-    else:
-        largest, total = tl.load(largest_ptr), tl.load(total_ptr)
-    log_total = tl.log(total)
-    # After the loop, so that nothing of the targets takes registers in it.
-    valid, column, picked, slope = _load_targets(
-        logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
-    )
-    if NEEDS_LOSS:
-        loss = _losses(largest, log_total, below / V, picked, column, valid, label_smoothing, z_loss_weight, SMOOTHING)
-        tl.store(losses_ptr + row * SLOTS + slots, loss, mask=slots < SLOTS)
-        tl.store(largest_ptr, largest)
-        tl.store(total_ptr, total)
-
-    if NEEDS_GRAD:
-        c = tl.load(c_ptr + row * SLOTS + slots, mask=valid & (slots < SLOTS), other=0.0).to(tl.float32)
-        used = tl.sum((c != 0).to(tl.int32), 0) > 0
-        factor, shared = _factors(c, largest, total, log_total, vocab, label_smoothing, z_loss_weight)
-        at_targets = _target_gradient(column, c, picked, slope, factor, shared, largest, used, label_smoothing)
-        # In place, a target's logit must be read by all warps before one of them overwrites it.
-        tl.debug_barrier()
-        _store_softmax_gradient(
-            logits_ptr, dlogits_ptr, factor, shared, largest, used, V, readable, softcap, SOFTCAP, BLOCK_V
+    for program_row in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + program_row  # N * V may exceed 2^31
+        z_ptr = logits_ptr + row * logits_stride
+        dz_ptr = dlogits_ptr + row * dlogits_stride
+        largest_ptr = statistics_ptr + row
+        total_ptr = largest_ptr + N
+        if NEEDS_LOSS:
+            used = has_target(target_ptr + row * SLOTS, slots, ignore_index, SLOTS)
+            largest, total, below = used_softmax(z_ptr, V, used, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
+        else:
+            largest, total = tl.load(largest_ptr), tl.load(total_ptr)
+        log_total = tl.log(total)
+        # After the loop, so that nothing of the targets takes registers in it.
+        valid, column, picked, slope = load_targets(
+            z_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
         )
-        tl.debug_barrier()  # other threads have stored to the same columns
-        tl.store(dlogits_ptr + column, at_targets.to(dlogits_ptr.dtype.element_ty), mask=column >= 0)
+        if NEEDS_LOSS:
+            loss = target_losses(
+                largest, log_total, below / V, picked, column, valid, label_smoothing, z_loss_weight, SMOOTHING
+            )
+            tl.store(losses_ptr + row * SLOTS + slots, loss, mask=slots < SLOTS)
+            tl.store(largest_ptr, largest)
+            tl.store(total_ptr, total)
+
+        if NEEDS_GRAD:
+            c = tl.load(c_ptr + row * SLOTS + slots, mask=valid & (slots < SLOTS), other=0.0).to(tl.float32)
+            used = tl.sum((c != 0).to(tl.int32), 0) > 0
+            factor, shared = factors(c, largest, total, log_total, vocab, label_smoothing, z_loss_weight)
+            at_targets = target_gradient(column, c, picked, slope, factor, shared, largest, used, label_smoothing)
+            # In place, a target's logit must be read by all warps before one of them overwrites it.
+            tl.debug_barrier()
+            store_softmax_gradient(z_ptr, dz_ptr, factor, shared, largest, used, V, readable, softcap, SOFTCAP, BLOCK_V)
+            tl.debug_barrier()  # other threads have stored to the same columns
+            tl.store(dz_ptr + column, at_targets.to(dz_ptr.dtype.element_ty), mask=column >= 0)
 
 
 @triton.jit(do_not_specialize=["first", "ignore_index", "softcap"])
@@ -391,19 +283,19 @@ def slice_statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     slots = tl.arange(0, BLOCK_K)
-    _valid, column, picked, _slope = _load_targets(
+    _valid, column, picked, _slope = load_targets(
         logits_ptr, target_ptr + row * SLOTS, slots, first, V, ignore_index, softcap, SLOTS, SOFTCAP
     )
     tl.store(picked_ptr + row * SLOTS + slots, picked, mask=column >= 0)
 
-    largest, total, below = _online_softmax(logits_ptr, V, V, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
+    largest, total, below = online_softmax(logits_ptr, V, V, readable, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
     largest_ptr = statistics_ptr + row
     total_ptr = largest_ptr + tl.num_programs(0)
     below_ptr = total_ptr + tl.num_programs(0)
     former_largest, former_total, former_below = tl.load(largest_ptr), tl.load(total_ptr), tl.load(below_ptr)
     new_largest = tl.maximum(former_largest, largest)
-    _, former_moved = _move_maximum(former_largest, new_largest)
-    _, moved = _move_maximum(largest, new_largest)
+    _, former_moved = move_maximum(former_largest, new_largest)
+    _, moved = move_maximum(largest, new_largest)
     tl.debug_barrier()  # all warps must have read the former statistics before one of them overwrites them
     tl.store(largest_ptr, new_largest)
     tl.store(total_ptr, former_total * tl.exp(former_moved) + total * tl.exp(moved))

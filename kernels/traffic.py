@@ -1,8 +1,8 @@
 """How many bytes each kernel moves between the GPU and its memory, as a function of the arguments of a launch.
 
-Every access counts, also where a kernel reads the same bytes twice: whether a cache still holds them depends on the
-GPU. What all warps of a program read, a row's targets say, counts once. Rows whose targets are all ignored are less
-than this, and so are patches that hold padding.
+What a kernel reads again so soon that it is in the GPU's cache is counted apart. What all warps of a program read, a
+row's targets say, counts once. Rows whose targets are all ignored are less than this, and so are patches that hold
+padding.
 """
 
 from __future__ import annotations
@@ -10,24 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from patchkernels.kernels.cross_entropy import CACHE_BYTES
+
 Arguments = dict[str, Any]  # of a launch, by the names in the kernel's definition
+Grid = tuple[int, ...]
 
 
 class Traffic(NamedTuple):
     """Bytes."""
 
-    read: int
+    read: int  # from memory
     written: int
+    read_again: int = 0  # from the cache
 
 
-def _patch_cross_entropy(arguments: Arguments) -> Traffic:
-    """``e V`` to read for each pass over a row of logits, as much to write for its gradient; the rest is small."""
-    logits, target = arguments["logits_ptr"], arguments["target_ptr"]
-    rows, slots, size = len(logits), arguments["SLOTS"], logits.element_size()
+def _patch_cross_entropy(grid: Grid, arguments: Arguments) -> Traffic:
+    """``e V`` to read for a row of logits, as much to write for its gradient; the rest is small.
+
+    With both passes, a row is read again. It comes from the cache if the rows of all programs fit there.
+    """
+    logits, target, rows = arguments["logits_ptr"], arguments["target_ptr"], arguments["N"]
+    slots, size = arguments["SLOTS"], logits.element_size()
     needs_loss, needs_grad = arguments["NEEDS_LOSS"], arguments["NEEDS_GRAD"]
     row = arguments["readable"] * size
-    read = (needs_loss + needs_grad) * row
-    read += slots * (target.element_size() * (1 + needs_loss) + size)  # the targets and their logits
+    read = row + slots * (target.element_size() * (1 + needs_loss) + size)  # the targets and their logits
+    again = row if needs_loss and needs_grad else 0
     written = 0
     if needs_loss:
         written += 4 * slots + 8  # losses, statistics
@@ -36,10 +43,12 @@ def _patch_cross_entropy(arguments: Arguments) -> Traffic:
     if needs_grad:
         read += 4 * slots  # c
         written += row + slots * size
-    return Traffic(rows * read, rows * written)
+    if again and grid[0] * row > CACHE_BYTES:
+        read, again = read + again, 0
+    return Traffic(rows * read, rows * written, rows * again)
 
 
-def _slice_statistics(arguments: Arguments) -> Traffic:
+def _slice_statistics(grid: Grid, arguments: Arguments) -> Traffic:
     """``e v`` to read for a row of v classes; its statistics are read and written."""
     logits, target = arguments["logits_ptr"], arguments["target_ptr"]
     slots, size = arguments["SLOTS"], logits.element_size()
@@ -48,7 +57,7 @@ def _slice_statistics(arguments: Arguments) -> Traffic:
     return Traffic(len(logits) * read, len(logits) * (statistics + 4 * slots))
 
 
-def _patch_embedding(arguments: Arguments) -> Traffic:
+def _patch_embedding(grid: Grid, arguments: Arguments) -> Traffic:
     """``K e D`` to read and ``e D`` to write for a patch; its ids are read once for each block of columns."""
     out, ids = arguments["out_ptr"], arguments["ids_ptr"]
     (patches, hidden), size = out.shape, out.element_size()
@@ -57,7 +66,7 @@ def _patch_embedding(arguments: Arguments) -> Traffic:
     return Traffic(patches * read, patches * hidden * size)
 
 
-def _patch_embedding_block_sums(arguments: Arguments) -> Traffic:
+def _patch_embedding_block_sums(grid: Grid, arguments: Arguments) -> Traffic:
     """Two ids of each block of tokens: no block is summed here if no id fills one."""
     ordered = arguments["ordered_ptr"]
     blocks = ordered.numel() // arguments["BLOCK_T"]
@@ -65,7 +74,7 @@ def _patch_embedding_block_sums(arguments: Arguments) -> Traffic:
     return Traffic(blocks * columns * 2 * ordered.element_size(), 0)
 
 
-def _patch_embedding_backward(arguments: Arguments) -> Traffic:
+def _patch_embedding_backward(grid: Grid, arguments: Arguments) -> Traffic:
     """``e D`` to read for every token, whose patch's gradient it is, and ``e D`` to write for every id of the table."""
     out, order, segments = arguments["out_ptr"], arguments["order_ptr"], arguments["segments_ptr"]
     (vocab, hidden), size = out.shape, out.element_size()
@@ -75,24 +84,24 @@ def _patch_embedding_backward(arguments: Arguments) -> Traffic:
     return Traffic(read, vocab * hidden * size)
 
 
-def _scale(arguments: Arguments) -> Traffic:
+def _scale(grid: Grid, arguments: Arguments) -> Traffic:
     """Reads and writes every element. In place and by 1, which is not known here, it would move nothing."""
     values, out = arguments["values_ptr"], arguments["out_ptr"]
     return Traffic(values.numel() * values.element_size(), out.numel() * out.element_size())
 
 
-def _target_coefficients(arguments: Arguments) -> Traffic:
+def _target_coefficients(grid: Grid, arguments: Arguments) -> Traffic:
     """Targets, and weights of each, are read twice for a mean. Targets and ``c`` are written."""
     target, passes = arguments["target_ptr"], 1 + (arguments["REDUCTION"] != 0)
     per_target = target.element_size() + (4 if arguments["WEIGHTED"] and arguments["weight_stride"] else 0)
     return Traffic(passes * target.numel() * per_target, target.numel() * (target.element_size() + 4))
 
 
-def _weighted_sum(arguments: Arguments) -> Traffic:
+def _weighted_sum(grid: Grid, arguments: Arguments) -> Traffic:
     return Traffic(8 * arguments["elements"], 4)
 
 
-TRAFFIC: dict[str, Callable[[Arguments], Traffic]] = {
+TRAFFIC: dict[str, Callable[[Grid, Arguments], Traffic]] = {
     "patch_cross_entropy_kernel": _patch_cross_entropy,
     "slice_statistics_kernel": _slice_statistics,
     "patch_embedding_kernel": _patch_embedding,

@@ -44,7 +44,9 @@ def small_blocks(monkeypatch):
     """Makes kernel blocks so small that small inputs are cut into several, of which the last is not full."""
     kernels = pytest.importorskip("patchkernels.kernels.cross_entropy")
     monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
-    monkeypatch.setattr(kernels, "NUM_WARPS", 2)  # two values a thread; and two warps, so that they can race
+    monkeypatch.setattr(kernels, "VALUES", 2)  # a thread; so that there are two warps, which can race
+    monkeypatch.setattr(kernels, "CACHE_BYTES", 3000)  # so few programs that each has several rows
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)
     kernels = pytest.importorskip("patchkernels.kernels.patch_embedding")
     monkeypatch.setattr(kernels, "BLOCK_T", 8)
     monkeypatch.setattr(kernels, "TILE_T", 2)

@@ -55,7 +55,7 @@ class Ledger:
             self._enter(func.name().removeprefix("aten::").split(".")[0], (args, kwargs, result), work)
 
     def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        traffic = TRAFFIC[kernel](arguments)
+        traffic = TRAFFIC[kernel](grid, arguments)
         self._enter(kernel, arguments, Work(traffic.read, traffic.written))
 
     def hold(self, tensor: Tensor) -> None:

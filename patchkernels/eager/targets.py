@@ -31,20 +31,12 @@ def coefficients(
     return target, weight
 
 
-def weigh(
-    losses: Tensor,  # (N, K)
-    c: Tensor,  # (N, K)
-) -> Tensor:  # (N, K)
-    """``c * l``, and 0 where ``c`` is 0, also for a loss that is NaN."""
-    return torch.where(c != 0, losses * c, 0)
-
-
 def weighted_sum(
     losses: Tensor,  # (N, K)
     c: Tensor,  # (N, K)
 ) -> Tensor:  # ()
-    """``sum c l`` over the targets whose ``c`` is not 0."""
-    return weigh(losses, c).sum()
+    """``sum c l`` over the targets whose ``c`` is not 0, also if the loss of others is NaN."""
+    return torch.where(c != 0, losses * c, 0).sum()
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchkernels.eager.targets import coefficients, weigh
+from patchkernels.eager.targets import coefficients, weighted_sum
 from patchkernels.numerics import (
     IGNORE_INDEX,
     LossOptions,
@@ -167,5 +167,6 @@ def reduce_losses(
     reduction: str,
 ) -> Tensor:
     """``sum c l``, or for ``reduction="none"`` ``c * l`` in the shape of the targets."""
-    weighted = weigh(losses, c)
-    return weighted.reshape(shape) if reduction == "none" else weighted.sum()
+    if reduction == "none":
+        return torch.where(c != 0, losses * c, 0).reshape(shape)
+    return weighted_sum(losses, c)

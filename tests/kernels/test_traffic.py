@@ -30,7 +30,7 @@ class Recorded:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             bound = dict(zip(self.kernel.arg_names, args)) | kwargs
-            self.found.append((self.kernel.__name__, bound, math.prod(grid) * kwargs["num_warps"]))
+            self.found.append((self.kernel.__name__, grid, bound))
             self.kernel[grid](*args, **kwargs)
 
         return launch
@@ -38,7 +38,7 @@ class Recorded:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The launches: a kernel's name, its arguments, and how many warps run."""
+    """The launches: a kernel's name, its grid and its arguments."""
     found = []
     for module in KERNEL_MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -57,10 +57,15 @@ def check(launched):
         with triton.runtime.driver.active.record() as launches:
             function(*arguments, **options)
         assert [name for name, *_ in launched] == kernels and len(launches) == len(kernels)
-        for (name, bound, warps), launch in zip(launched, launches):
+        for (name, grid, bound), launch in zip(launched, launches):
             counted = [launch.counters.traffic.get(f"global {kind}") for kind in ("load", "store")]
             useful = [0 if traffic is None else traffic.useful for traffic in counted]
-            assert useful == pytest.approx(list(TRAFFIC[name](bound)), rel=0, abs=again * warps), name
+            said = TRAFFIC[name](grid, bound)
+            rows = bound.get("N", math.prod(grid)) if "cross_entropy" in name else math.prod(grid)
+            margin = again * rows * bound["num_warps"]
+            assert useful == pytest.approx([said.read + said.read_again, said.written], rel=0, abs=margin), name
+            if said.read_again:
+                assert launch.counters.unique_read == pytest.approx(said.read, rel=0, abs=margin)
 
     return checked
 

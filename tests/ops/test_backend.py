@@ -34,7 +34,12 @@ def functions_of(module):
 
 @pytest.mark.parametrize(
     ("operator", "of_kernels_alone"),
-    [("patch_embedding", {"launch_config"}), ("cross_entropy", {"launch_config"})],
+    [
+        ("patch_embedding", {"launch_config"}),
+        ("cross_entropy", {"launch_config", "programs_at_a_time"}),
+        ("scaling", set()),
+        ("targets", {"launch_config"}),
+    ],
 )
 def test_both_backends_offer_the_same_functions(operator, of_kernels_alone):
     pytest.importorskip("triton")

@@ -32,10 +32,12 @@ def cross_entropy_cases() -> dict[str, tuple]:
     """By name: kernel, types of its pointers and scalars, values of its constexprs, and num_warps."""
     cases = {}
     for dtype in DTYPES:
-        for vocab in (512, 128256):
+        for vocab in (512, 50257, 128256):
             for passes in ("loss", "gradient", "both"):
                 for option in ("plain", "all"):
-                    config = cross_entropy.launch_config(vocab)
+                    rows, row_bytes = 10**6, (2 if dtype == "bf16" else 4) * vocab
+                    programs = cross_entropy.programs_at_a_time(rows, row_bytes, 2 if passes == "both" else 1)
+                    config = cross_entropy.launch_config(vocab, rows, programs)
                     signature = dict.fromkeys(("logits_ptr", "dlogits_ptr"), "*" + dtype) | {
                         "target_ptr": "*i64",
                         "c_ptr": "*fp32",
@@ -43,7 +45,8 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         "statistics_ptr": "*fp32",
                     }
                     signature |= dict.fromkeys(
-                        ("logits_stride", "dlogits_stride", "first", "V", "vocab", "readable", "ignore_index"), "i32"
+                        ("N", "logits_stride", "dlogits_stride", "first", "V", "vocab", "readable", "ignore_index"),
+                        "i32",
                     )
                     signature |= dict.fromkeys(("label_smoothing", "softcap", "z_loss_weight"), "fp32")
                     constants = {
@@ -62,7 +65,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         config["num_warps"],
                     )
         for option in ("plain", "all"):
-            config = cross_entropy.launch_config(1024)
+            config = cross_entropy.launch_config(1024, 1, 1)
             constants = {"SLOTS": 4, "BLOCK_K": 4, "SMOOTHING": option == "all", "SOFTCAP": option == "all"}
             cases[f"slice_statistics-{dtype}-1024-{option}"] = (
                 cross_entropy.slice_statistics_kernel,

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ CROSS_ENTROPY = {
     "targets": (torch.int64, torch.int32),
     "ignore_index": (-100, 2**40),
     "begin": (0, 1, 2),  # where in a larger tensor the targets, c and losses begin, as those of a chunk do
+    "programs": ("many", "few"),  # that both passes run with: if there are few, each has more threads
 }
 PATCH_EMBEDDING = {
     "dtype": CROSS_ENTROPY["dtype"],
@@ -126,6 +128,15 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, begin: int = 0) -> to
 
 
 def launch_cross_entropy(
+    dtype: torch.dtype, vocab: int, slots: int, passes: str, smoothing: float, softcap: float | None, layout: str,
+    targets: torch.dtype, ignore_index: int, begin: int, programs: str,
+) -> None:  # fmt: skip
+    cache = cross_entropy.CACHE_BYTES if programs == "many" else 1
+    with mock.patch.multiple(cross_entropy, CACHE_BYTES=cache):
+        _launch_cross_entropy(dtype, vocab, slots, passes, smoothing, softcap, layout, targets, ignore_index, begin)
+
+
+def _launch_cross_entropy(
     dtype: torch.dtype, vocab: int, slots: int, passes: str, smoothing: float, softcap: float | None, layout: str,
     targets: torch.dtype, ignore_index: int, begin: int,
 ) -> None:  # fmt: skip

@@ -24,7 +24,7 @@ SHARED_UNIT = 128
 class Resources:
     registers: int  # of a thread
     spilled: int  # bytes of stack and local memory of a thread
-    spills_in_loop: bool  # whether some of them are read or written in a loop
+    spills_in_loop: bool  # whether some of them are read or written in an innermost loop
     shared: int  # bytes of a CTA
     threads: int  # of a CTA
 
@@ -52,9 +52,10 @@ def registers_and_spills(cubin: bytes) -> tuple[int, int, bool]:
 
 
 def spills_in_loop(sass: str) -> bool:
-    """Whether local memory is accessed between a jump backwards and its target.
+    """Whether local memory is accessed between a jump backwards and its target, without another such loop in between.
 
-    Code behind the kernel's end is not looked at: rare branches stand there, and jump back to where they came from.
+    A loop around others, over rows say, does little of its own. Code behind the kernel's end is not looked at: rare
+    branches stand there, and jump back to where they came from.
     """
     body = re.split(r"/\*[0-9a-f]{4,}\*/\s+EXIT\s*;", sass)[0]
     instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]+?)\s*;", body)]
@@ -62,7 +63,9 @@ def spills_in_loop(sass: str) -> bool:
     jumps = [
         (at, int(found[1], 16)) for at, text in instructions if (found := re.search(r"\bBRA.* 0x([0-9a-f]+)", text))
     ]
-    return any(target <= access <= at for at, target in jumps for access in accesses)
+    loops = {(target, at) for at, target in jumps if target <= at}
+    inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    return any(begin <= access <= end for begin, end in inner for access in accesses)
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
