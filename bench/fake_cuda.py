@@ -90,6 +90,8 @@ class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 enter(mock.patch.object(module, name, _Kernel(name, getattr(module, name).arg_names, self)))
         enter(mock.patch.object(torch.autograd.function.FunctionCtx, "set_materialize_grads", _set_materialize_grads))
+        keep_graph = "_get_current_graph_task_keep_graph"  # nodes go when they have been called
+        enter(mock.patch.object(torch._C._autograd, keep_graph, return_value=False))
         enter(FakeTensorMode())
         enter(_Host(self))
         return self

@@ -76,6 +76,20 @@ def logits_gradient(
     return dlogits
 
 
+def loss_and_gradient(
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    c: Tensor,  # (N, K), dL/dl
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:  # l (N, K); dlogits (N, V), in the dtype of the logits
+    """Losses, in fp32, and dlogits. The logits stay unchanged."""
+    losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(2, len(target), dtype=torch.float32, device=logits.device)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _launch(_unit_stride(logits), target, c, losses, statistics, dlogits, options)
+    return losses, dlogits
+
+
 def loss_and_gradient_(
     logits: Tensor,  # (N, V), a buffer of the library; rows may be padded (stride > V)
     target: Tensor,  # (N, K)

@@ -14,13 +14,12 @@ BLOCK = 4096
 NUM_WARPS = 8
 
 
-def scaled(
-    values: Tensor,  # contiguous
+def scale_into(
+    out: Tensor,  # contiguous
+    values: Tensor,
     scale: Tensor,  # (), fp32
-    dtype: torch.dtype,
 ) -> Tensor:
-    """``values * scale``, taken in fp32 and rounded once to ``dtype``; new memory."""
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    """``out = values * scale``, taken in fp32 and rounded once."""
     _launch(values.contiguous(), scale, out)
     return out
 

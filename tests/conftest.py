@@ -40,19 +40,8 @@ def seeded():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_blocks():
     """Makes kernel blocks so small that small inputs are cut into several, of which the last is not full."""
-    kernels = pytest.importorskip("patchkernels.kernels.cross_entropy")
-    monkeypatch.setattr(kernels, "MAX_BLOCK", 128)
-    monkeypatch.setattr(kernels, "VALUES", 2)  # a thread; so that there are two warps, which can race
-    monkeypatch.setattr(kernels, "CACHE_BYTES", 3000)  # so few programs that each has several rows
-    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)
-    kernels = pytest.importorskip("patchkernels.kernels.patch_embedding")
-    monkeypatch.setattr(kernels, "BLOCK_T", 8)
-    monkeypatch.setattr(kernels, "TILE_T", 2)
-    monkeypatch.setattr(kernels, "MAX_BLOCK_D", 16)
-    monkeypatch.setattr(kernels, "NUM_WARPS", 1)
-    for name in ("scaling", "targets"):
-        kernels = pytest.importorskip(f"patchkernels.kernels.{name}")
-        monkeypatch.setattr(kernels, "BLOCK", 32)
-        monkeypatch.setattr(kernels, "NUM_WARPS", 1)
+    sizes = pytest.importorskip("small_blocks")  # imports the kernels, and they import Triton
+    with sizes.small_blocks():
+        yield

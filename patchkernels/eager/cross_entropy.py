@@ -19,6 +19,7 @@ __all__ = [
     "logits_buffer",
     "logits_gradient",
     "loss",
+    "loss_and_gradient",
     "loss_and_gradient_",
     "slice_gradient_",
     "slice_statistics_",
@@ -55,6 +56,21 @@ def logits_gradient(
         z, vocab = logits[chunk].to(statistics.dtype, copy=True), logits.shape[1]
         dlogits[chunk] = slice_gradient_(z, 0, vocab, target[chunk], c[chunk], statistics[:, chunk], options)
     return dlogits
+
+
+def loss_and_gradient(
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    c: Tensor,  # (N, K), dL/dl
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:  # l (N, K); dlogits (N, V), in the dtype of the logits
+    """Losses and dlogits. The logits stay unchanged."""
+    losses = torch.empty(target.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    for chunk in _chunks(logits):
+        dlogits[chunk] = logits[chunk]
+        loss_and_gradient_(dlogits[chunk], target[chunk], c[chunk], losses[chunk], options)
+    return losses, dlogits
 
 
 def loss_and_gradient_(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def scaled(
+def scale_into(
+    out: Tensor,
     values: Tensor,
     scale: Tensor,  # (), fp32 (fp64 for fp64)
-    dtype: torch.dtype,
 ) -> Tensor:
-    """``values * scale``, taken in the dtype of ``scale`` and rounded once to ``dtype``; new memory."""
-    return (values.to(scale.dtype) * scale).to(dtype)
+    """``out = values * scale``, taken in the dtype of ``scale`` and rounded once."""
+    return out.copy_(values.to(scale.dtype) * scale)
 
 
 def scale_(values: Tensor, scale: Tensor) -> Tensor:

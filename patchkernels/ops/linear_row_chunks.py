@@ -206,22 +206,25 @@ def _gradients(
     scaling = implementation("scaling", backend)
     scale = upstream * scale if scale.numel() else upstream
     if x is None or weight is None:
-        return tuple(scaling.scaled(gradient, scale, dtype) for gradient, dtype in zip((dx, dw, db), dtypes))
+        sums = (dx, dw, db)
+        results = (g.new_empty(g.shape, dtype=dtype) for g, dtype in zip(sums, dtypes))
+        return tuple(scaling.scale_into(result, g, scale) for result, g in zip(results, sums))
     need_dx, need_dw, need_db = needs
     dx, dw, db = _new_gradients(x, weight, needs, dtypes)
+    if need_dw and x.dtype == torch.float16:  # whose unscaled sums may be beyond 65504, and scaled factors too small
+        sum_dw = dw.new_empty(dw.shape, dtype=torch.float32)
+        multiply(sum_dw, dlogits.T, x)
+        scaling.scale_into(dw, sum_dw, scale)
+    elif need_dw:
+        memory = dx if dx.shape == x.shape and dx.dtype == x.dtype else x.new_empty(x.shape)
+        multiply(dw, dlogits.T, scaling.scale_into(memory, x, scale))
     if need_dx:
         multiply(dx, dlogits, weight)
         if group:
             sum_(dx, group)
         scaling.scale_(dx, scale)
-    if need_dw and x.dtype == torch.float16:  # whose unscaled sums may be beyond 65504, and scaled factors too small
-        sums = dw.new_empty(dw.shape, dtype=torch.float32)
-        multiply(sums, dlogits.T, x)
-        dw = scaling.scaled(sums, scale, dw.dtype)
-    elif need_dw:
-        multiply(dw, dlogits.T, scaling.scaled(x, scale, x.dtype))
     if need_db:
-        db = scaling.scaled(dlogits.sum(0, dtype=scale.dtype), scale, db.dtype)
+        scaling.scale_into(db, dlogits.sum(0, dtype=scale.dtype), scale)
     return dx, dw, db
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, transforms
 from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 
 
@@ -76,10 +76,64 @@ def patch_cross_entropy(
     logits = input.reshape(-1, input.shape[-1])
     backend = choose_backend(backend, input, input.dtype)
     rows = as_rows(input, target, target_weight)
-    row_targets, c = weigh_rows(*rows, ignore_index, reduction, return_losses, input.dtype)
-    losses, _ = _PatchCrossEntropy.apply(logits, row_targets, options, backend)
-    loss = reduce_losses(losses, c, target.shape, reduction)
+    if reduction != "none" and _gradient_in_forward(input):
+        loss, losses, _ = _ReducedCrossEntropy.apply(logits, *rows, reduction, return_losses, options, backend)
+    else:
+        row_targets, c = weigh_rows(*rows, ignore_index, reduction, return_losses, input.dtype)
+        losses, _ = _PatchCrossEntropy.apply(logits, row_targets, options, backend)
+        loss = reduce_losses(losses, c, target.shape, reduction)
     return (loss, losses.detach().view(target.shape)) if return_losses else loss
+
+
+def _gradient_in_forward(logits: Tensor) -> bool:
+    """Whether the forward computes dlogits, which saves a reading of the logits.
+
+    Not for fp16, in which dlogits must be multiplied by the upstream gradient before they are rounded. torch.compile
+    would copy dlogits to scale them, and transforms need a backward that depends on the logits.
+    """
+    needed = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
+    return needed and not torch.compiler.is_compiling() and not transforms()
+
+
+class _ReducedCrossEntropy(Function):
+    """The weighted sum ``sum c l``. The forward computes dlogits, and the backward scales them.
+
+    It does so in place where autograd frees them afterwards: on a GPU, to multiply by 1 then costs nothing.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor,  # (N, V)
+        target: Tensor,  # (N, K)
+        target_weight: Tensor | None,  # (K) or (N, K)
+        reduction: str,
+        every_loss: bool,
+        options: LossOptions,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        op = torch.ops.patchkernels.patch_cross_entropy_reduced
+        results: tuple[Tensor, ...] = op(logits, target, target_weight, reduction, every_loss, backend, *options)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, *_, ctx.backend = inputs
+        _, losses, dlogits = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses, dlogits)
+        ctx.save_for_backward(dlogits, logits)  # the latter for first_derivative_only
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        dlogits, _ = ctx.saved_tensors
+        ops = torch.ops.patchkernels
+        if transforms() or torch._C._autograd._get_current_graph_task_keep_graph():
+            return ops.scaled(dlogits, grad, ctx.backend), *(None,) * 6
+        ops.scale_(dlogits, grad, ctx.backend)
+        return dlogits, *(None,) * 6
 
 
 class _PatchCrossEntropy(Function):
@@ -137,6 +191,61 @@ def _backward(
     cross_entropy = implementation("cross_entropy", backend)
     dlogits: Tensor = cross_entropy.logits_gradient(c, logits, target, statistics, LossOptions(*loss_options))
     return dlogits
+
+
+@torch.library.custom_op(
+    "patchkernels::patch_cross_entropy_reduced",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor target, Tensor? target_weight, str reduction, bool every_loss, str backend, "
+    f"{LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _reduced(
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    target_weight: Tensor | None,  # (K) or (N, K)
+    reduction: str,
+    every_loss: bool,  # also of targets of weight 0
+    backend: str,
+    *loss_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # loss (), l (N, K), dlogits (N, V)
+    options = LossOptions(*loss_options)
+    cross_entropy, targets = implementation("cross_entropy", backend), implementation("targets", backend)
+    cross_entropy.check_targets(target, logits.shape[1], options.ignore_index)
+    dtype = accumulation_dtype(logits.dtype)
+    target, c = targets.coefficients(target, target_weight, options.ignore_index, reduction, every_loss, dtype)
+    losses, dlogits = cross_entropy.loss_and_gradient(logits, target, c, options)
+    return targets.weighted_sum(losses, c), losses, dlogits
+
+
+@torch.library.custom_op("patchkernels::scaled", mutates_args=())
+def _scaled(values: Tensor, scale: Tensor, backend: str) -> Tensor:
+    out: Tensor = implementation("scaling", backend).scale_into(values.new_empty(values.shape), values, scale)
+    return out
+
+
+@torch.library.custom_op("patchkernels::scale_", mutates_args={"values"})
+def _scale_(values: Tensor, scale: Tensor, backend: str) -> None:
+    implementation("scaling", backend).scale_(values, scale)
+
+
+@_reduced.register_fake
+def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(target.shape, dtype=dtype),
+        logits.new_empty(logits.shape),
+    )
+
+
+@_scaled.register_fake
+def _(values: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+@_scale_.register_fake
+def _(*_: Any) -> None:
+    return
 
 
 @_forward.register_fake

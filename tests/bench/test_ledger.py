@@ -14,7 +14,8 @@ from bench import shapes
 from bench.fake_cuda import FakeCuda
 from bench.ledger import __main__ as command
 from bench.ledger import cases
-from bench.ledger.counting import Ledger, Rates, count
+from bench.ledger.counting import Ledger, Rates, count, seconds_of
+from patchkernels.ops.linear_buffers import LOGITS_BYTES
 
 N, D = 6, 10
 RATES = Rates("a GPU", tflops=2.0, terabytes=0.5)
@@ -112,6 +113,36 @@ def test_kernels_and_the_bodies_of_operators_are_entered():
     names = [entry.name for entry in found.entries]
     assert names.count("mm") + names.count("addmm") == 3 and names.count("patch_cross_entropy_kernel") == 1
     assert found.total().flops == 3 * 2 * 32 * 16 * 128
+
+
+LEAST = {  # N, D, V: how many times as long as the three bare products, at most
+    (4096, 4096, 128256): 1.04, (8192, 2048, 32000): 1.09, (16384, 1024, 32000): 1.17, (16384, 768, 50257): 1.21,
+    (2048, 2560, 151936): 1.06, (16384, 4096, 128256): 1.05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", LEAST)
+def test_the_fused_loss_is_at_the_limit(shape):
+    rows, hidden, vocab = shape
+    case, rates = cases.linear(shapes.Linear(4, *shape)), command.RATES[0]
+    (found,) = count(case.contenders["patchkernels"], "patchkernels")
+    floor = sum(seconds_of(product, rates) for product in case.floor["forward + backward"])
+    assert found.seconds(rates) <= (LEAST[shape] + 0.005) * floor
+    logits, chunks = 2 * rows * vocab, -(-2 * rows * vocab // LOGITS_BYTES["cuda"])
+    assert found.total().launches <= 5 + 4 * chunks
+    if chunks == 1:
+        assert found.extra <= 1.05 * logits
+    else:
+        assert found.extra <= 1.05 * (LOGITS_BYTES["cuda"] + 4 * vocab * hidden)
+
+
+@pytest.mark.parametrize("shape", command.LOGITS)
+def test_given_logits_are_read_once_and_written_once(shape):
+    case = cases.logits(shapes.Logits(4, *shape))
+    (found,) = count(case.contenders["patchkernels"], "patchkernels")
+    (least,) = case.floor["forward + backward"]
+    assert found.total().read + found.total().written <= 1.01 * (least.read + least.written)
+    assert found.total().launches <= 5
 
 
 def test_a_training_step_has_all_of_its_products():

@@ -47,7 +47,7 @@ def test_every_launch_is_guarded(launches):
     ids, weight = torch.zeros(100, 2, dtype=torch.long), torch.randn(5, 8)
     patch_embedding.forward(ids, weight, None)
     patch_embedding.backward(torch.randn(100, 8), ids, 5, None)
-    scaling.scaled(logits, torch.ones(()), torch.float32)
+    scaling.scale_into(logits, logits, torch.ones(()))
     scaling.scale_(logits, torch.ones(()))
     targets.coefficients(target, None, -100, "mean", False, torch.float32)
     targets.weighted_sum(losses, c)

@@ -120,10 +120,11 @@ def test_patch_embedding(check, hidden, slots, padding_idx):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scaling(check, dtype):
     values, scale, one = torch.randn(70, 333).to(dtype), torch.tensor(3.0), torch.ones(())
-    check(scaling.scaled, values, scale, torch.bfloat16, kernels=["scale_kernel"], again=4)
-    check(scaling.scale_, values, scale, kernels=["scale_kernel"], again=4)
-    with pytest.raises(AssertionError, match="scale_kernel"):  # by 1 nothing moves
-        check(scaling.scale_, values, one, kernels=["scale_kernel"], again=4)
+    out = torch.empty(70, 333, dtype=torch.bfloat16)
+    check(scaling.scale_into, out, values, scale, kernels=["scale_kernel"], again=4)
+    check(scaling.scale_, values, one, kernels=["scale_kernel"], again=4)
+    with pytest.raises(AssertionError, match="scale_kernel"):  # by another number everything moves
+        check(scaling.scale_, values, scale, kernels=["scale_kernel"], again=4)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

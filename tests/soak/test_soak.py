@@ -34,6 +34,7 @@ def test_random_cases(part):
 
 
 LOGITS = LossCase(dtype="float32", leading=(3,), slots=2, vocab=30, needs=("input",), reduction="sum")
+UNREDUCED = dataclasses.replace(LOGITS, reduction="none")
 HEAD = dataclasses.replace(LOGITS, form="linear", needs=("input", "weight"), upstream="scaled")
 EMBEDDING = EmbeddingCase(patches=4, patch_size=3, hidden=8, needs=("weight",))
 CROSS_ENTROPY, LOOKUP = patchkernels.eager.cross_entropy, patchkernels.eager.patch_embedding
@@ -55,7 +56,7 @@ def off_by(relative):
 
 def scaled_in_place(function):
     """Scales what was saved for the backward, unseen by autograd's check of versions."""
-    return lambda values, scale, dtype: values.data.mul_(scale).to(dtype)
+    return lambda out, values, scale: out.copy_(values.data.mul_(scale))
 
 
 def changing(function):
@@ -69,12 +70,12 @@ def overwriting(function):
 
 
 PLANTED = {
-    "loss off by 1 in 10^5": (LOGITS, CROSS_ENTROPY, "loss", off_by(1e-5), "error of the loss"),
-    "gradient off by 1 in 10^5": (LOGITS, CROSS_ENTROPY, "logits_gradient", off_by(1e-5), "gradient of input"),
+    "loss off by 1 in 10^5": (LOGITS, CROSS_ENTROPY, "loss_and_gradient", off_by(1e-5), "error of the loss"),
+    "gradient off by 1 in 10^5": (UNREDUCED, CROSS_ENTROPY, "logits_gradient", off_by(1e-5), "gradient of input"),
     "embedding off by 1 in 10^5": (EMBEDDING, LOOKUP, "forward", off_by(1e-5), "error of the embedding"),
-    "hidden states scaled in place": (HEAD, SCALING, "scaled", scaled_in_place, "differ|was changed"),
-    "logits overwritten": (LOGITS, CROSS_ENTROPY, "loss", overwriting, "an input was changed"),
-    "not deterministic": (LOGITS, CROSS_ENTROPY, "loss", changing, "two calls differ"),
+    "hidden states scaled in place": (HEAD, SCALING, "scale_into", scaled_in_place, "differ|was changed"),
+    "logits overwritten": (LOGITS, CROSS_ENTROPY, "loss_and_gradient", overwriting, "an input was changed"),
+    "not deterministic": (LOGITS, CROSS_ENTROPY, "loss_and_gradient", changing, "two calls differ"),
 }
 
 
@@ -102,9 +103,10 @@ def test_missing_checks_are_found(monkeypatch):
 
 @without_kernels
 def test_a_failing_case_is_made_smaller(monkeypatch):
-    loss = CROSS_ENTROPY.loss
-    wrong = lambda logits, target, options: off_by(1e-3 if options.softcap else 0)(loss)(logits, target, options)  # noqa: E731
-    monkeypatch.setattr(CROSS_ENTROPY, "loss", wrong)
+    for name in ("loss", "loss_and_gradient"):
+        right = getattr(CROSS_ENTROPY, name)
+        wrong = lambda *args, right=right: off_by(1e-3 if args[-1].softcap else 0)(right)(*args)  # noqa: E731
+        monkeypatch.setattr(CROSS_ENTROPY, name, wrong)
     case = dataclasses.replace(
         LOGITS, softcap=3.0, label_smoothing=0.3, leading=(2, 5), vocab=100, target_weight="slot"
     )

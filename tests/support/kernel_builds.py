@@ -175,7 +175,7 @@ def launch_scaling(dtype: torch.dtype, result: torch.dtype, elements: int, in_pl
     if in_place:
         scaling.scale_(values, scale)
     else:
-        scaling.scaled(values, scale, result)
+        scaling.scale_into(zeros(elements, dtype=result), values, scale)
 
 
 def launch_targets(

@@ -6,8 +6,10 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from small_blocks import small_blocks
 from torch import Tensor
 
 from patchkernels import (
@@ -53,20 +55,12 @@ def problem(case: EmbeddingCase | LossCase | TargetsCase) -> Problem:
 def block_sizes(case: Any) -> Iterator[None]:
     """Makes kernel blocks and eager chunks small for the time of a case, if it says so."""
     import patchkernels.eager.cross_entropy as eager
-    import patchkernels.kernels.cross_entropy as kernel
-    import patchkernels.kernels.patch_embedding as embedding
 
-    small = [(eager, "CHUNK_BYTES", 3000), (kernel, "MAX_BLOCK", 128), (kernel, "NUM_WARPS", 2)]
-    small += [(embedding, "BLOCK_T", 8), (embedding, "TILE_T", 2), (embedding, "MAX_BLOCK_D", 16)]
-    small += [(embedding, "NUM_WARPS", 1)]
-    before = [(module, name, getattr(module, name)) for module, name, _ in small]
-    try:
-        for module, name, value in small if case.small_blocks else ():
-            setattr(module, name, value)
+    with contextlib.ExitStack() as stack:
+        if case.small_blocks:
+            stack.enter_context(small_blocks())
+            stack.enter_context(mock.patch.object(eager, "CHUNK_BYTES", 3000))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def _targets(case: TargetsCase) -> Problem:
