@@ -71,7 +71,7 @@ def linear_patch_cross_entropy(
             logits at a time, and the head's gradient has no copy in another dtype (in fp16 a slice of it has).
         logits_bytes: the memory that logits may take at a time. By default it is ``LOGITS_BYTES`` of the device if the
             forward computes gradients and ``LOGITS_BYTES_LOSS_ONLY`` if not; for ``memory="low"`` it is 1/128 of
-            ``2 N V`` bytes, or 1 MiB if that is more.
+            ``2 N V`` bytes, or if that is more 1 MiB, and on a GPU 2048 classes.
         return_losses: returns ``(loss, losses)``, at no further cost. ``losses`` are those before weighting and
             reduction, without gradient, in the shape of ``target``; 0 for ignored targets, as in
             :func:`patch_cross_entropy`.

@@ -23,9 +23,11 @@ from patchkernels.numerics import LOSS_OPTIONS, LossOptions, accumulation_dtype,
 from patchkernels.ops.backend import implementation
 from patchkernels.ops.derivatives import Function, first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
-from patchkernels.ops.linear_buffers import add_product, multiply_into, power_of_two_scale, without_autocast
+from patchkernels.ops.linear_buffers import add_product, multiply, multiply_into, power_of_two_scale, without_autocast
 
 SMALLEST_SLICE_BYTES = 2**20  # matrix products with a smaller slice are slow
+# On a GPU also those with fewer columns: x and the sum of dx are read for each slice, which then takes longer.
+FEWEST_COLUMNS = {"cuda": 2048}
 
 
 def vocab_slice_losses(
@@ -35,11 +37,12 @@ def vocab_slice_losses(
     target: Tensor,  # (N, K)
     needs: list[bool],  # gradients of x, weight, bias
     options: LossOptions,
-    logits_bytes: int | None,  # None: 1/128 of 2 N V bytes, or 1 MiB if that is more
+    logits_bytes: int | None,  # None: 1/128 of 2 N V bytes, or 1 MiB or FEWEST_COLUMNS if that is more
     backend: str,
 ) -> Tensor:  # l (N, K)
     """The losses of all targets, unweighted, in fp32 (fp64 for fp64)."""
-    slice_bytes = logits_bytes or max(2 * len(x) * len(weight) // 128, SMALLEST_SLICE_BYTES)
+    fewest_columns = x.element_size() * len(x) * FEWEST_COLUMNS.get(x.device.type, 0)
+    slice_bytes = logits_bytes or max(2 * len(x) * len(weight) // 128, SMALLEST_SLICE_BYTES, fewest_columns)
     losses: Tensor = _VocabSliceLosses.apply(x, weight, bias, target, needs, options, slice_bytes, backend)[0]
     return losses
 
@@ -133,7 +136,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx (N, D), dW (V, D), db (V) in the dtype of x; empty if not needed
     options, cross_entropy = LossOptions(*loss_options), implementation("cross_entropy", backend)
     need_dx, need_dw, need_db = needs
-    scale, c = power_of_two_scale(c)
+    scale = None
+    if x.dtype == torch.float16:
+        scale, c = power_of_two_scale(c)
     target, vocab = target.contiguous(), len(weight)
     dtype = accumulation_dtype(x.dtype)
     dx, dw, db = _new_gradients(x, weight, needs)
@@ -146,22 +151,24 @@ def _backward(
         if need_dw:
             _multiply_and_scale(dw[classes], dz.T, x, scale)
         if need_db:
-            db[classes] = dz.sum(0, dtype=dtype) * scale
-    return (sum_dx.mul_(scale).to(x.dtype) if need_dx else dx), dw, db
+            db[classes] = dz.sum(0, dtype=dtype) * (1 if scale is None else scale)
+    if need_dx:
+        dx = (sum_dx if scale is None else sum_dx.mul_(scale)).to(x.dtype)
+    return dx, dw, db
 
 
-def _multiply_and_scale(out: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> None:
+def _multiply_and_scale(out: Tensor, a: Tensor, b: Tensor, scale: Tensor | None) -> None:
     """``out = a @ b * scale``, in the dtype of ``out``.
 
-    In fp16 the product may be beyond 65504 where the scaled product is not, so it is first taken in fp32.
+    In fp16, which alone has a scale, the product may be beyond 65504 where the scaled product is not, so it is first
+    taken in fp32.
     """
-    if out.dtype == torch.float16:
-        product = out.new_zeros(out.shape, dtype=torch.float32)
-        add_product(product, a, b)
-        out.copy_(product.mul_(scale))
-    else:
+    if scale is None:
         torch.mm(a, b, out=out)
-        out *= scale.to(out.dtype)  # exact, since it is a power of two
+    else:
+        product = out.new_empty(out.shape, dtype=torch.float32)
+        multiply(product, a, b)
+        out.copy_(product.mul_(scale))
 
 
 def _slices(
