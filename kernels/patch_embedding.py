@@ -6,9 +6,9 @@ Forward: one program for each patch and block of columns reads K rows of the tab
 
 Backward: a stable sort of the token ids gives each id a segment of the sorted order. A frequent id may make up 5 % of
 a batch, so its segment is summed in two steps. First every aligned block of BLOCK_T tokens that lies inside one segment
-is summed. Then one program for each id adds the tokens before its first whole block, the sums of its blocks, and the
-tokens after its last. Everything is summed in fp32 in a fixed order, so the result is deterministic, without atomics,
-and nothing waits for the GPU.
+is summed. Then a program adds, for each of some ids, the tokens before its first whole block, the sums of its blocks,
+and the tokens after its last. Everything is summed in fp32 in a fixed order, so the result is deterministic, without
+atomics, and nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from patchkernels.numerics import inverse_counts
 
 BLOCK_T = 64  # tokens of a block in the backward
 TILE_T = 8  # gradient rows that a program loads at a time
+IDS = 8  # of the table, absent ones included, whose gradients a program writes
 MAX_BLOCK_D = 512
 NUM_WARPS = 2
 UNSHARED_BLOCK_D = 512  # columns of a block from which on every thread of NUM_WARPS has columns of its own
@@ -79,22 +80,24 @@ def backward(
     # ids outside [0, V) are sorted to the two ends, where they are part of no segment
     ordered, order = ids.reshape(-1).clamp(-1, vocab).to(torch.int32).sort(stable=True)
     segments = torch.searchsorted(ordered, torch.arange(vocab + 1, dtype=torch.int32, device=ids.device))
-    scale = inverse_counts(ids, padding_idx, torch.float32)
     blocks = tokens // BLOCK_T
     block_sums = torch.empty(max(blocks, 1), hidden, dtype=torch.float32, device=grad.device)
+    # Without padding every patch has K tokens; Triton needs a tensor for an unused pointer too.
+    scale = block_sums if padding_idx is None else inverse_counts(ids, padding_idx, torch.float32)
     config = launch_config(hidden)
     columns = triton.cdiv(hidden, config["BLOCK_D"])
     # Where a row has fewer columns than its threads hold, several threads add up the same column and all store it.
     # Their sums are the same bits without fused multiply-adds: fma(a, x, b * y) rounds b * y alone, and which of the
     # two products that is differs from thread to thread. Wider rows keep the fused ones, which take fewer registers.
     fused = config["BLOCK_D"] >= UNSHARED_BLOCK_D
-    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **config, "enable_fp_fusion": fused}
+    padding = {"PADDING": padding_idx is not None}
+    shared = {"SLOTS": slots, "BLOCK_T": BLOCK_T, "TILE_T": TILE_T, **padding, **config, "enable_fp_fusion": fused}
     with torch.cuda.device_of(grad):  # Triton launches on the current device
         if blocks:
             patch_embedding_block_sums_kernel[(blocks, columns)](
                 grad, ordered, order, scale, block_sums, grad.stride(0), hidden, **shared
             )
-        patch_embedding_backward_kernel[(vocab, columns)](
+        patch_embedding_backward_kernel[(triton.cdiv(vocab, IDS), columns)](
             grad,
             order,
             segments,
@@ -102,8 +105,10 @@ def backward(
             block_sums,
             out,
             grad.stride(0),
+            vocab,
             hidden,
             -1 if padding_idx is None else padding_idx,
+            IDS=IDS,
             **shared,
         )
     return out
@@ -160,6 +165,7 @@ def _sum_tokens(
     columns,
     D,
     SLOTS: tl.constexpr,
+    PADDING: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -168,7 +174,9 @@ def _sum_tokens(
     for start in range(begin, end, TILE_T):
         positions = start + tl.arange(0, TILE_T)
         patches = tl.load(order_ptr + positions, mask=positions < end, other=0) // SLOTS
-        scale = tl.load(scale_ptr + patches, mask=positions < end, other=0.0)
+        scale = tl.full((TILE_T,), 1.0 / SLOTS, tl.float32)
+        if PADDING:
+            scale = tl.load(scale_ptr + patches, mask=positions < end, other=0.0)
         mask = (positions < end)[:, None] & (columns < D)[None, :]
         rows = tl.load(grad_ptr + patches[:, None] * grad_stride + columns[None, :], mask=mask, other=0.0)
         total += tl.sum(rows.to(tl.float32) * scale[:, None], 0)
@@ -180,11 +188,12 @@ def patch_embedding_block_sums_kernel(
     grad_ptr,  # (N, D)
     ordered_ptr,  # (N K), sorted ids
     order_ptr,  # (N K), the position of each sorted id before sorting
-    scale_ptr,  # (N), fp32
+    scale_ptr,  # (N), fp32, read if PADDING; without padding it is 1 / K
     block_sums_ptr,  # (N K / BLOCK_T, D), fp32
     grad_stride,
     D,
     SLOTS: tl.constexpr,
+    PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -203,6 +212,7 @@ def patch_embedding_block_sums_kernel(
             columns,
             D,
             SLOTS,
+            PADDING,
             TILE_T,
             BLOCK_D,
         )
@@ -214,32 +224,42 @@ def patch_embedding_backward_kernel(
     grad_ptr,  # (N, D)
     order_ptr,  # (N K)
     segments_ptr,  # (V + 1), where each id's segment begins in the sorted order
-    scale_ptr,  # (N), fp32
+    scale_ptr,  # (N), fp32, read if PADDING; without padding it is 1 / K
     block_sums_ptr,  # (N K / BLOCK_T, D), fp32
     out_ptr,  # (V, D)
     grad_stride,
+    V,
     D,
     padding_idx,
+    IDS: tl.constexpr,
     SLOTS: tl.constexpr,
+    PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = tl.load(segments_ptr + token)
-    end = tl.load(segments_ptr + token + 1)
-    end = tl.where(token == padding_idx, begin, end)
-    first_block = (begin + BLOCK_T - 1) // BLOCK_T
-    last_block = tl.maximum(end // BLOCK_T, first_block)
-    # Tokens [begin, head), then whole blocks [first_block, last_block), then tokens [tail, end). A segment without a
-    # whole block has head = end.
-    head = tl.minimum(first_block * BLOCK_T, end)
-    tail = tl.maximum(last_block * BLOCK_T, head)
-    total = _sum_tokens(grad_ptr, order_ptr, scale_ptr, grad_stride, begin, head, columns, D, SLOTS, TILE_T, BLOCK_D)
-    for start in range(first_block, last_block, TILE_T):
-        blocks = start + tl.arange(0, TILE_T)
-        mask = (blocks < last_block)[:, None] & (columns < D)[None, :]
-        total += tl.sum(tl.load(block_sums_ptr + blocks[:, None] * D + columns[None, :], mask=mask, other=0.0), 0)
-    total += _sum_tokens(grad_ptr, order_ptr, scale_ptr, grad_stride, tail, end, columns, D, SLOTS, TILE_T, BLOCK_D)
-    tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)
+    first = tl.program_id(0) * IDS
+    for token in range(first, tl.minimum(first + IDS, V)):
+        begin = tl.load(segments_ptr + token)
+        end = tl.load(segments_ptr + token + 1)
+        if PADDING:
+            end = tl.where(token == padding_idx, begin, end)
+        first_block = (begin + BLOCK_T - 1) // BLOCK_T
+        last_block = tl.maximum(end // BLOCK_T, first_block)
+        # Tokens [begin, head), then whole blocks [first_block, last_block), then tokens [tail, end). A segment without
+        # a whole block has head = end.
+        head = tl.minimum(first_block * BLOCK_T, end)
+        tail = tl.maximum(last_block * BLOCK_T, head)
+        total = _sum_tokens(
+            grad_ptr, order_ptr, scale_ptr, grad_stride, begin, head, columns, D, SLOTS, PADDING, TILE_T, BLOCK_D
+        )
+        for start in range(first_block, last_block, TILE_T):
+            blocks = start + tl.arange(0, TILE_T)
+            mask = (blocks < last_block)[:, None] & (columns < D)[None, :]
+            total += tl.sum(tl.load(block_sums_ptr + blocks[:, None] * D + columns[None, :], mask=mask, other=0.0), 0)
+        total += _sum_tokens(
+            grad_ptr, order_ptr, scale_ptr, grad_stride, tail, end, columns, D, SLOTS, PADDING, TILE_T, BLOCK_D
+        )
+        row = tl.full((), 0, tl.int64) + token  # V * D may exceed 2^31
+        tl.store(out_ptr + row * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)

@@ -75,13 +75,20 @@ def _patch_embedding_block_sums(grid: Grid, arguments: Arguments) -> Traffic:
 
 
 def _patch_embedding_backward(grid: Grid, arguments: Arguments) -> Traffic:
-    """``e D`` to read for every token, whose patch's gradient it is, and ``e D`` to write for every id of the table."""
-    out, order, segments = arguments["out_ptr"], arguments["order_ptr"], arguments["segments_ptr"]
+    """``e D`` to read for every token, whose patch's gradient it is, and ``e D`` to write for every id of the table.
+
+    All ids are summed for a block of columns before the next one begins. If these columns of all patches fit the cache,
+    a patch's gradient is read from memory once, for the first of its tokens.
+    """
+    grad, out, order, segments = (arguments[f"{name}_ptr"] for name in ("grad", "out", "order", "segments"))
     (vocab, hidden), size = out.shape, out.element_size()
-    columns = -(-hidden // arguments["BLOCK_D"])
-    token = hidden * size + columns * (order.element_size() + 4)  # and its place and its scale
-    read = order.numel() * token + vocab * columns * 2 * segments.element_size()
-    return Traffic(read, vocab * hidden * size)
+    _, columns = grid
+    rows, again = order.numel() * hidden * size, 0
+    if len(grad) * arguments["BLOCK_D"] * size <= CACHE_BYTES:
+        again = rows - len(grad) * hidden * size
+    place = order.element_size() + (4 if arguments["PADDING"] else 0)
+    read = columns * (order.numel() * place + vocab * 2 * segments.element_size())
+    return Traffic(rows - again + read, vocab * hidden * size, again)
 
 
 def _scale(grid: Grid, arguments: Arguments) -> Traffic:

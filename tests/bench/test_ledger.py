@@ -147,6 +147,20 @@ def test_given_logits_are_read_once_and_written_once(shape):
     assert found.total().launches <= 5
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+def test_patch_embedding_moves_little_more_than_it_must(slots):
+    case = cases.embedding(shapes.Embedding(slots, 128256, 4096, "different", 65536))
+    bag_and_mean = [count(case.contenders[name], name) for name in ("F.embedding_bag", "mean of F.embedding")]
+    for place, ours in enumerate(count(case.contenders["patchkernels"], "patchkernels")):
+        (least,) = case.floor[ours.name]
+        moved, work = ours.total().read + ours.total().written, ours.total()
+        assert moved <= 1.05 * (least.read + least.written)
+        assert work.launches <= 12
+        if ours.name == "backward":
+            theirs = [counts[place].total() for counts in bag_and_mean]
+            assert all(their.read + their.written >= 1.5 * moved for their in theirs)
+
+
 def test_a_training_step_has_all_of_its_products():
     case = cases.step(shapes.Step("demo", 2, 32), 4)
     (found,) = count(case.contenders["patchkernels"], "patchkernels")

@@ -51,7 +51,7 @@ def check(launched):
     def checked(function, *arguments, kernels: list[str], again: int, **options) -> None:
         """The bytes of every launch of the call, which are of these kernels.
 
-        ``again`` is how many bytes every warp of a program may read once more: targets, statistics, places of tokens.
+        ``again``: bytes of a row, or id, that each warp may read once more. Targets, statistics, places of tokens.
         """
         launched.clear()
         with triton.runtime.driver.active.record() as launches:
@@ -61,8 +61,8 @@ def check(launched):
             counted = [launch.counters.traffic.get(f"global {kind}") for kind in ("load", "store")]
             useful = [0 if traffic is None else traffic.useful for traffic in counted]
             said = TRAFFIC[name](grid, bound)
-            rows = bound.get("N", math.prod(grid)) if "cross_entropy" in name else math.prod(grid)
-            margin = again * rows * bound["num_warps"]
+            pieces = bound["N"] if "cross_entropy" in name else math.prod(grid) * bound.get("IDS", 1)
+            margin = again * pieces * bound["num_warps"]
             assert useful == pytest.approx([said.read + said.read_again, said.written], rel=0, abs=margin), name
             if said.read_again:
                 assert launch.counters.unique_read == pytest.approx(said.read, rel=0, abs=margin)

@@ -93,6 +93,7 @@ def patch_embedding_cases() -> dict[str, tuple]:
                 "SLOTS": 4,
                 "BLOCK_T": patch_embedding.BLOCK_T,
                 "TILE_T": patch_embedding.TILE_T,
+                "PADDING": True,
                 **config,
             }
             for padding in (False, True):
@@ -122,8 +123,8 @@ def patch_embedding_cases() -> dict[str, tuple]:
             )
             cases[f"backward-{dtype}-{hidden}"] = (
                 patch_embedding.patch_embedding_backward_kernel,
-                {**pointers, "segments_ptr": "*i64", "out_ptr": "*" + dtype, **sizes, "padding_idx": "i32"},
-                shared,
+                {**pointers, "segments_ptr": "*i64", "out_ptr": "*" + dtype, **sizes, "V": "i32", "padding_idx": "i32"},
+                {**shared, "IDS": patch_embedding.IDS},
                 warps,
             )
     return cases

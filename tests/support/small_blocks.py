@@ -11,7 +11,7 @@ from patchkernels.kernels import cross_entropy, patch_embedding, scaling, target
 SIZES = (
     # two values a thread, and two warps, which can race; so few programs that each has several rows
     (cross_entropy, {"MAX_BLOCK": 128, "VALUES": 2, "CACHE_BYTES": 3000, "MULTIPROCESSORS": 1}),
-    (patch_embedding, {"BLOCK_T": 8, "TILE_T": 2, "MAX_BLOCK_D": 16, "NUM_WARPS": 1}),
+    (patch_embedding, {"BLOCK_T": 8, "TILE_T": 2, "IDS": 2, "MAX_BLOCK_D": 16, "NUM_WARPS": 1}),
     (scaling, {"BLOCK": 32, "NUM_WARPS": 1}),
     (targets, {"BLOCK": 32, "NUM_WARPS": 1}),
 )
