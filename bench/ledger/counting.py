@@ -63,10 +63,13 @@ class Ledger:
         storage = tensor.untyped_storage()
         self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
-    def held(self) -> int:
-        """The bytes of all tensors that still exist."""
+    def storages(self) -> dict[int, int]:
+        """The bytes of all memory that still belongs to a tensor."""
         self._storages = {key: found for key, found in self._storages.items() if not found[0].expired()}
-        return sum(size for _, size in self._storages.values())
+        return {key: size for key, (_, size) in self._storages.items()}
+
+    def held(self) -> int:
+        return sum(self.storages().values())
 
     def _enter(self, name: str, tensors: Any, work: Work) -> None:
         shapes = tuple(dict.fromkeys(tuple(t.shape) for t in tensors_in(tensors)))
@@ -97,10 +100,11 @@ def count(make: Callable[[], Call], contender: str) -> list[Count]:
         name = next(passes)
         while name:
             ledger.entries.clear()
-            before = ledger.held()
+            before = ledger.storages()
             following = next(passes, "")
-            ends = max(before, ledger.held())
+            results = sum(size for key, size in ledger.storages().items() if key not in before)
             peak = max(entry.held for entry in ledger.entries)
-            counts.append(Count(contender, name, list(ledger.entries), max(peak - ends, 0)))
+            extra = max(peak - sum(before.values()) - results, 0)
+            counts.append(Count(contender, name, list(ledger.entries), extra))
             name = following
     return counts

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from checkout import CHECKOUT
 
 if torch.cuda.is_available():
     pytest.skip("tensors without data are for a machine without a GPU", allow_module_level=True)
@@ -13,7 +16,7 @@ pytest.importorskip("bench.fake_cuda")  # imports the kernels, and they import T
 from bench import shapes
 from bench.fake_cuda import FakeCuda
 from bench.ledger import __main__ as command
-from bench.ledger import cases
+from bench.ledger import cases, measured
 from bench.ledger.counting import Ledger, Rates, count, seconds_of
 from patchkernels.ops.linear_buffers import LOGITS_BYTES
 
@@ -178,6 +181,38 @@ def test_the_command(capsys):
     assert header.startswith("| operator | shape") and "slow ms" in header and "H100" not in text
     assert "K=4 N=64 D=32 V=256 | patchkernels |" in ours and "memory=low" in low
     assert any(line.startswith("| patch_cross_entropy_kernel |") for line in rest)
+
+
+def test_measured_seconds_are_medians_of_the_passes(monkeypatch):
+    """With stand-ins for the GPU's events: the time is the number of passes that have run."""
+    clock = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measured, "flush_and_sleep", lambda: next(clock))
+    monkeypatch.setattr(cases, "GPU", torch.device("cpu"))
+    case = cases.embedding(shapes.Embedding(4, 9, 16, "different", 8))
+    assert measured.measure(case.contenders["patchkernels"]) == {"forward": 1.0, "backward": 1.0}
+
+
+def test_the_table_of_the_page_is_that_of_the_command():
+    """Of the operators; a training step depends on how this version of PyTorch divides its operations."""
+    page = (CHECKOUT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for case in [case for case in command.all_cases() if case.operator != "training step"]:
+        for contender, make in case.contenders.items():
+            for found in count(make, contender):
+                cells = command.line(case, found, command.RATES, None)
+                assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize(
