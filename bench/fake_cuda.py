@@ -41,6 +41,20 @@ PRODUCTS = ("aten::mul", "aten::mul_", "aten::div", "aten::div_")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
+@torch.library.custom_op("fake_cuda::silu_backward", mutates_args=())
+def _silu_backward(upstream: Tensor, x: Tensor) -> Tensor:
+    raise NotImplementedError("this operator has no data")
+
+
+@_silu_backward.register_fake
+def _(upstream: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+# Backwards that are one kernel on a GPU, but several operations for tensors without data.
+ONE_KERNEL = {"SiluBackward0": lambda node, upstream: torch.ops.fake_cuda.silu_backward(upstream, node._saved_self)}
+
+
 class HostWaits(Exception):
     """An operation for which the host would wait until the GPU has done all that was asked of it before."""
 
@@ -163,7 +177,10 @@ class _Host(TorchDispatchMode):
         if name in PRODUCTS and _narrows([t for t in inputs if t.is_cuda and t.is_floating_point()]):
             raise Narrowed(f"{func}: {[(t.dtype, tuple(t.shape)) for t in inputs]}")
         if func in (torch.ops.aten.addmm.dtype_out, torch.ops.aten.mm.dtype_out):  # fake tensors have them not yet
-            self.gpu.sums.append((kwargs["out"].dtype, *(tensor.dtype for tensor in inputs[-3:-1])))
+            product, factors = kwargs["out"].dtype, [tensor.dtype for tensor in inputs[-3:-1]]
+            if product not in (factors[0], torch.float32):
+                raise RuntimeError(f"out_dtype must be the same as input dtype or fp32, got {product} for {factors}")
+            self.gpu.sums.append((product, *factors))
             result = kwargs["out"]
         else:
             result = func(*args, **kwargs)
@@ -246,6 +263,8 @@ def _call(node: Any, grads: dict[int, Tensor]) -> list[tuple[tuple[Any, int], Te
                 for grad, m in zip(inputs, node._input_metadata)
             ]
         outputs = node.apply(*inputs)
+    elif type(node).__name__ in ONE_KERNEL:
+        outputs = ONE_KERNEL[type(node).__name__](node, *inputs)
     else:
         outputs = node(*inputs)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]

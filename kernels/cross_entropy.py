@@ -37,9 +37,12 @@ MOST_WARPS = 16  # with more, ptxas has too few registers for each thread
 ROW_ALIGNMENT = 16  # elements; rows that begin at multiples of it are read in whole vectors, whatever V is
 
 
-def programs_at_a_time(rows: int, row_bytes: int, passes: int) -> int:
-    """All rows at once, or as many as fit the cache if they are read twice."""
-    return rows if passes == 1 else min(rows, max(CACHE_BYTES // row_bytes, 1))
+def programs_at_a_time(rows: int, row_bytes: int, passes: int, in_place: bool) -> int:
+    """All rows at once, or as many as fit the cache if they are read twice.
+
+    Gradients that are not written over the logits take the cache too.
+    """
+    return rows if passes == 1 else min(rows, max(CACHE_BYTES // (row_bytes if in_place else 2 * row_bytes), 1))
 
 
 def launch_config(columns: int, rows: int, programs: int) -> dict[str, int]:
@@ -178,7 +181,7 @@ def _launch(
     slots = target.shape[1]
     statistics = statistics.contiguous()
     passes = (losses is not None) + (dlogits is not None)
-    programs = programs_at_a_time(rows, columns * logits.element_size(), passes)
+    programs = programs_at_a_time(rows, columns * logits.element_size(), passes, dlogits is logits)
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         patch_cross_entropy_kernel[(programs,)](
             logits, target.contiguous(),

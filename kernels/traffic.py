@@ -43,7 +43,8 @@ def _patch_cross_entropy(grid: Grid, arguments: Arguments) -> Traffic:
     if needs_grad:
         read += 4 * slots  # c
         written += row + slots * size
-    if again and grid[0] * row > CACHE_BYTES:
+    in_cache = row if arguments["dlogits_ptr"] is logits else 2 * row  # in place, or not
+    if again and grid[0] * in_cache > CACHE_BYTES:
         read, again = read + again, 0
     return Traffic(rows * read, rows * written, rows * again)
 

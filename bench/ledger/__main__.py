@@ -37,7 +37,7 @@ OPERATORS = {
     "logits": Operator(lambda *shape: cases.logits(shapes.Logits(*shape)), {"K": 4, "N": 8192, "V": 32000}),
     "embedding": Operator(
         lambda k, v, d, tokens: cases.embedding(shapes.Embedding(k, v, d, "different", tokens)),
-        {"K": 4, "V": 128256, "D": 4096, "tokens": 65536},
+        {"K": 4, "V": 128256, "D": 4096, "NK": 65536},
     ),
     "step": Operator(
         lambda preset, rows, positions, k: cases.step(shapes.Step(preset, rows, positions), k),

@@ -39,7 +39,8 @@ def work_of(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Work |
     if name in SPECIAL:
         return SPECIAL[name](args, kwargs, result)
     read, written = [], list(tensors_in(result))
-    for argument, value in _bound(func, args, kwargs):
+    only_like = name.endswith("_like") or name.startswith("aten::new_")  # takes shape, dtype and device of a tensor
+    for argument, value in () if only_like else _bound(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
         (written if writes else read).extend(tensors_in(value))
         if writes and not argument.kwarg_only and name not in WRITE_ONLY and kwargs.get("beta", 1) != 0:

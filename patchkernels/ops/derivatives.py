@@ -44,6 +44,11 @@ def transforms() -> tuple[str, ...]:
     return tuple(name for name in names if name != "Functionalize")
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a transform maps over the tensor: ``vmap``, or autograd's ``is_grads_batched``."""
+    return "Batched" in str(torch._C._dispatch_keys(tensor))  # that of functorch is FuncTorchBatched
+
+
 # torch.compile calls the function while it traces, and takes the result for a constant. This is all that
 # torch.compiler.assume_constant_result does, but calling that here would import torch._dynamo, and with it much else.
 transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -69,11 +74,13 @@ def first_derivative_only(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        saved = ctx.saved_tensors if create_graph else ()  # beforehand, since the backward may write to them
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # it is enabled by create_graph=True
+        if not create_graph:
             return outputs
-        anchors = (torch.empty((), requires_grad=True), *(t for t in (*grads, *ctx.saved_tensors) if t is not None))
+        anchors = (torch.empty((), requires_grad=True), *(t for t in (*grads, *saved) if t is not None))
         return tuple(_RaiseInBackward.apply(out, *anchors) if isinstance(out, Tensor) else out for out in outputs)
 
     return checked

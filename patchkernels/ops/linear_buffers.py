@@ -78,7 +78,10 @@ def multiply_into(z: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out = a @ b``, summed in fp32 (fp64 for fp64) and rounded once to the dtype of ``out``."""
+    """``out = a @ b``, summed in fp32 (fp64 for fp64) and rounded once.
+
+    ``out`` has the dtype of the factors, or fp32, or fp64: a GPU has no other products.
+    """
     if a.dtype == b.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda and a.dtype == b.dtype:

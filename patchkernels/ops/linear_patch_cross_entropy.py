@@ -78,11 +78,12 @@ def linear_patch_cross_entropy(
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
-        a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input). Beyond results, the
-        logits take memory, and the input once more. They are kept until the backward. Logits that do not fit
-        ``logits_bytes`` take that much, and then a head that needs a gradient takes ``4 V D`` bytes for dW in fp32 (so
-        does one in fp16). ``memory="low"`` takes ``logits_bytes``, plus ``4 N D`` bytes if the input has 16 bits and
-        needs a gradient.
+        a scalar, or the shape of ``target`` for ``reduction="none"``; fp32 (fp64 for fp64 input).
+
+    Memory beyond results: the logits, which are kept until the backward, and under autocast the input and the head in
+    16 bits. Logits that do not fit ``logits_bytes`` take that much, and then a head that needs a gradient takes
+    ``4 V D`` bytes for dW in fp32 (so does one in fp16). ``memory="low"`` takes ``logits_bytes``, plus ``4 N D`` bytes if
+    the input has 16 bits and needs a gradient.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError, IndexError: as :func:`patch_cross_entropy`; also

@@ -211,21 +211,36 @@ def _gradients(
         return tuple(scaling.scale_into(result, g, scale) for result, g in zip(results, sums))
     need_dx, need_dw, need_db = needs
     dx, dw, db = _new_gradients(x, weight, needs, dtypes)
-    if need_dw and x.dtype == torch.float16:  # whose unscaled sums may be beyond 65504, and scaled factors too small
-        sum_dw = dw.new_empty(dw.shape, dtype=torch.float32)
-        multiply(sum_dw, dlogits.T, x)
-        scaling.scale_into(dw, sum_dw, scale)
+    if need_dw and (torch.float16 in (x.dtype, dw.dtype) or not _in_one_product(x, dw)):
+        # The unscaled sums may be beyond 65504, and scaled factors too small.
+        scaling.scale_into(dw, _product_in_fp32(dlogits.T, x), scale)
     elif need_dw:
         memory = dx if dx.shape == x.shape and dx.dtype == x.dtype else x.new_empty(x.shape)
         multiply(dw, dlogits.T, scaling.scale_into(memory, x, scale))
-    if need_dx:
+    if need_dx and _in_one_product(x, dx):
         multiply(dx, dlogits, weight)
         if group:
             sum_(dx, group)
         scaling.scale_(dx, scale)
+    elif need_dx:
+        sum_dx = _product_in_fp32(dlogits, weight)
+        if group:
+            sum_(sum_dx, group)
+        scaling.scale_into(dx, sum_dx, scale)
     if need_db:
         scaling.scale_into(db, dlogits.sum(0, dtype=scale.dtype), scale)
     return dx, dw, db
+
+
+def _in_one_product(factor: Tensor, gradient: Tensor) -> bool:
+    """Whether a product of factors of this dtype can have the dtype of the gradient, which it has but for autocast."""
+    return gradient.dtype in (factor.dtype, torch.float32, torch.float64)
+
+
+def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(len(a), b.shape[1], dtype=torch.float32, device=a.device)
+    multiply(out, a, b)
+    return out
 
 
 def _new_gradients(

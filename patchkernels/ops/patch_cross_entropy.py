@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, transforms
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped, transforms
 from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 
 
@@ -98,7 +98,8 @@ def _gradient_in_forward(logits: Tensor) -> bool:
 class _ReducedCrossEntropy(Function):
     """The weighted sum ``sum c l``. The forward computes dlogits, and the backward scales them.
 
-    It does so in place where autograd frees them afterwards: on a GPU, to multiply by 1 then costs nothing.
+    It does so in place where autograd frees them afterwards: on a GPU, to multiply by 1 then costs nothing. The dlogits
+    take the memory of the logits from the forward on.
     """
 
     @staticmethod
@@ -130,7 +131,7 @@ class _ReducedCrossEntropy(Function):
             return (None,) * 7
         dlogits, _ = ctx.saved_tensors
         ops = torch.ops.patchkernels
-        if transforms() or torch._C._autograd._get_current_graph_task_keep_graph():
+        if is_mapped(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
             return ops.scaled(dlogits, grad, ctx.backend), *(None,) * 6
         ops.scale_(dlogits, grad, ctx.backend)
         return dlogits, *(None,) * 6
@@ -210,9 +211,9 @@ def _reduced(
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss (), l (N, K), dlogits (N, V)
     options = LossOptions(*loss_options)
     cross_entropy, targets = implementation("cross_entropy", backend), implementation("targets", backend)
-    cross_entropy.check_targets(target, logits.shape[1], options.ignore_index)
     dtype = accumulation_dtype(logits.dtype)
     target, c = targets.coefficients(target, target_weight, options.ignore_index, reduction, every_loss, dtype)
+    cross_entropy.check_targets(target, logits.shape[1], options.ignore_index)
     losses, dlogits = cross_entropy.loss_and_gradient(logits, target, c, options)
     return targets.weighted_sum(losses, c), losses, dlogits
 

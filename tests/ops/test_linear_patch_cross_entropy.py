@@ -43,6 +43,25 @@ def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend, memory):
     assert (gradient.double() - exact).norm() < 2e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("logits_bytes", [None, 5000])
+@pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_gradients_under_autocast_for_parameters_of_any_dtype(autocast, parameters, logits_bytes):
+    """With an upstream gradient as GradScaler's, by which the input alone would overflow in fp16."""
+    x, w = (normal(64, 16).to(parameters), (normal(200, 16) * 1e-3).to(parameters))
+    target = torch.randint(0, 200, (64, 2), device=DEVICE)
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    with torch.autocast(DEVICE, autocast):
+        loss = linear_patch_cross_entropy(*leaves, target, logits_bytes=logits_bytes)
+    upstream = torch.tensor(65536.0, device=DEVICE)
+    gradients = torch.autograd.grad(loss, leaves, upstream)
+    exact = [t.double().requires_grad_() for t in (x, w)]
+    expected = torch.autograd.grad(reference.linear_patch_cross_entropy(*exact, target), exact, upstream.double())
+    for gradient, right in zip(gradients, expected):
+        assert gradient.dtype == parameters
+        assert (gradient.double() - right).norm() < 0.01 * right.norm()
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_fp16_head_gradients_of_a_mean_over_many_rows_do_not_overflow(memory):
     """The sum over 16384 rows of hidden states about 8 is beyond fp16's 65504, their mean is of order 8."""

@@ -215,6 +215,40 @@ def test_a_penalty_on_gradients_raises_though_the_upstream_gradient_is_a_constan
             torch.autograd.grad((gradient**2).sum() + leaf.sum(), leaf)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("operator", ["logits", "linear"])
+def test_every_way_of_calling_the_backward_of_a_reduced_loss(tensors, operator, backend):
+    """The upstream gradient is a factor of what the forward has kept, or changes it in place if nobody asks again."""
+    _, _, head = tensors
+    target, inputs = torch.randint(0, 30, (4, 2), device=DEVICE), torch.randn(4, 30, device=DEVICE)
+    if operator == "linear":
+        inputs = torch.randn(4, 8, device=DEVICE)
+    inputs.requires_grad_()
+
+    def loss():
+        if operator == "logits":
+            return patch_cross_entropy(inputs, target, backend=backend)
+        return linear_patch_cross_entropy(inputs, head, target, backend=backend)
+
+    upstream = torch.tensor([1.0, -3.0, 0.0, 1 / 3, 65536.0], device=DEVICE)
+    (unit,) = torch.autograd.grad(loss(), inputs)
+    expected = unit * upstream[:, None, None]
+    kept = loss()
+    again = [torch.autograd.grad(kept, inputs, u, retain_graph=True)[0] for u in upstream]
+    torch.testing.assert_close(torch.stack(again), expected)
+    once = [torch.autograd.grad(loss(), inputs, u)[0] for u in upstream]
+    torch.testing.assert_close(torch.stack(once), expected)
+    (batched,) = torch.autograd.grad(loss(), inputs, upstream, is_grads_batched=True)
+    torch.testing.assert_close(batched, expected)
+    created = torch.autograd.grad(2 * loss(), inputs, create_graph=True, retain_graph=False)
+    torch.testing.assert_close(created[0].detach(), 2 * unit)
+    inputs.grad = None
+    for _ in range(3):  # accumulates what may be the forward's own memory
+        loss().backward()
+    torch.testing.assert_close(inputs.grad, 3 * unit)
+    torch.testing.assert_close((loss() + 2 * loss()).detach(), 3 * kept.detach())
+
+
 @pytest.mark.parametrize("operator", ["embedding", "logits", "linear", "none", "low memory"])
 def test_transforms_work_or_say_what_does(tensors, operator):
     """Of torch.func: grad, vjp and jacrev work; second derivatives, vmap and forward mode raise before any work."""

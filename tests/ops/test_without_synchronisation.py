@@ -135,6 +135,16 @@ def test_linear_patch_cross_entropy(gpu, backend, dtype, reduction, options, mem
     assert bool(kernels(gpu)) == (backend == "auto")
 
 
+@pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_a_gpu_has_the_products_of_every_autocast(gpu, autocast, parameters):
+    x, weight, bias = (leaf(*shape, dtype=parameters) for shape in ((N, D), (V, D), (V,)))
+    with torch.autocast("cuda", autocast):
+        loss = patchkernels.linear_patch_cross_entropy(x, weight, labels(N, K), linear_bias=bias)
+    gpu.backward(loss)
+    assert {tensor.grad.dtype for tensor in (x, weight, bias)} == {parameters}
+
+
 def test_under_autocast(gpu):
     x, weight = leaf(N, D, dtype=torch.float32), leaf(V, D, dtype=torch.float32)
     with torch.autocast("cuda", torch.bfloat16):

@@ -36,7 +36,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
             for passes in ("loss", "gradient", "both"):
                 for option in ("plain", "all"):
                     rows, row_bytes = 10**6, (2 if dtype == "bf16" else 4) * vocab
-                    programs = cross_entropy.programs_at_a_time(rows, row_bytes, 2 if passes == "both" else 1)
+                    programs = cross_entropy.programs_at_a_time(rows, row_bytes, 2 if passes == "both" else 1, True)
                     config = cross_entropy.launch_config(vocab, rows, programs)
                     signature = dict.fromkeys(("logits_ptr", "dlogits_ptr"), "*" + dtype) | {
                         "target_ptr": "*i64",
