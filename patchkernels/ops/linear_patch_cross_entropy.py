@@ -82,8 +82,8 @@ def linear_patch_cross_entropy(
 
     Memory beyond results: the logits, which are kept until the backward, and under autocast the input and the head in
     16 bits. Logits that do not fit ``logits_bytes`` take that much, and then a head that needs a gradient takes
-    ``4 V D`` bytes for dW in fp32 (so does one in fp16). ``memory="low"`` takes ``logits_bytes``, plus ``4 N D`` bytes if
-    the input has 16 bits and needs a gradient.
+    ``4 V D`` bytes for dW in fp32 (so does one in fp16). ``memory="low"`` takes ``logits_bytes``, plus ``4 N D`` bytes
+    if the input has 16 bits and needs a gradient.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError, IndexError: as :func:`patch_cross_entropy`; also
