@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Function = Callable[[], Any]
 L2_BYTES = 2**28  # written between two timed calls: more than the L2 cache of any GPU holds
-HEAD_START = 200_000  # clock cycles, about 0.1 ms, that a GPU waits until the host has queued the whole call
+CYCLES = 2e9  # of a GPU's clock in a second, at most
 MIN_ROUNDS, MAX_ROUNDS = 4, 30
 
 
@@ -32,7 +33,7 @@ def interleaved(functions: dict[str, Function], device: torch.device, seconds: f
     rounds, after one for warming up that does not count. On CUDA the times are the device's, taken between
     events, and the L2 cache is flushed before each call.
     """
-    timed = _timed_on_cuda if device.type == "cuda" else _timed_on_cpu
+    timed = partial(_timed_on_cuda, {}) if device.type == "cuda" else _timed_on_cpu
     first = timed(functions)
     rounds = int(seconds / max(sum(first.values()), 1e-9))
     results = [timed(functions) for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS))]
@@ -48,23 +49,26 @@ def _timed_on_cpu(functions: dict[str, Function]) -> dict[str, float]:
     return taken
 
 
-def _timed_on_cuda(functions: dict[str, Function]) -> dict[str, float]:
+def _timed_on_cuda(queueing: dict[str, float], functions: dict[str, Function]) -> dict[str, float]:
+    """``queueing`` holds the seconds that the host took for each call in the last round, and gets those of this one."""
     events = {}
     for name, function in functions.items():
-        flush_and_sleep()
+        flush_and_sleep(queueing.get(name, 0.0))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+        began = time.perf_counter()
         function()
+        queueing[name] = time.perf_counter() - began
         end.record()
         events[name] = start, end
     torch.cuda.synchronize()
     return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in events.items()}
 
 
-def flush_and_sleep() -> None:
-    """Flushes the L2 cache, and lets the GPU wait while the host queues what comes next."""
+def flush_and_sleep(queueing: float) -> None:
+    """Flushes the L2 cache, and lets the GPU wait twice as long as the host takes to queue what comes next."""
     torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(int((1e-4 + 2 * queueing) * CYCLES))
 
 
 def peak_extra_bytes(function: Function, device: torch.device) -> int:

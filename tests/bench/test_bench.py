@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import CHECKOUT
 from oracle import DEVICE
 
@@ -118,8 +120,6 @@ def test_peak_memory_is_what_the_docstring_says():
     """
     from functools import partial
 
-    import torch
-
     from bench.compare import gradients
     from bench.measure import bytes_of, peak_extra_bytes
     from patchkernels import linear_patch_cross_entropy
@@ -137,6 +137,35 @@ def test_peak_memory_is_what_the_docstring_says():
     in_chunks = LOGITS_BYTES["cpu"] + 4 * v * d  # the head's gradient is summed in fp32
     assert 4 * n * v > LOGITS_BYTES["cpu"] and extra["default"] <= 1.05 * in_chunks
     assert extra["default"] > 10 * extra["low"]
+
+
+def test_a_gpu_waits_until_the_host_has_queued_a_call(monkeypatch):
+    """With stand-ins for the GPU: the longer a call takes the host, the longer is its head start in the next round."""
+    from bench import measure
+
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(measure, "L2_BYTES", 1)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    functions = {"long": lambda: time.sleep(0.02), "short": lambda: None}
+    times = measure.interleaved(functions, torch.device("cuda"), seconds=0.0)
+    assert times == {name: [1e-3] * measure.MIN_ROUNDS for name in functions}
+    first, later = slept[:2], slept[2:]
+    assert first == [2e5, 2e5] and len(later) == 2 * measure.MIN_ROUNDS
+    assert min(later[::2]) > 2e9 * 0.02 and max(later[1::2]) < min(later[::2])
 
 
 def test_the_search_for_launch_configurations_runs_and_leaves_the_defaults(monkeypatch, capsys):

@@ -199,7 +199,7 @@ def test_measured_seconds_are_medians_of_the_passes(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(measured, "flush_and_sleep", lambda: next(clock))
+    monkeypatch.setattr(measured, "flush_and_sleep", lambda queueing: next(clock))
     monkeypatch.setattr(cases, "GPU", torch.device("cpu"))
     case = cases.embedding(shapes.Embedding(4, 9, 16, "different", 8))
     assert measured.measure(case.contenders["patchkernels"]) == {"forward": 1.0, "backward": 1.0}
