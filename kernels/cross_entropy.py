@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from patchkernels.kernels.cross_entropy_rows import (
+    ACCURATE_SOFTCAP,
+    exp,
     factors,
     has_target,
     load_targets,
@@ -34,6 +36,7 @@ MAX_BLOCK = 4096  # columns that a program holds at a time, where several progra
 CACHE_BYTES = 36 * 2**20  # for rows that are read twice: of 50 MB of L2 on an H100 or H200
 MULTIPROCESSORS = 132  # of an H100 or H200
 MOST_WARPS = 16  # with more, ptxas has too few registers for each thread
+SMALL_SOFTCAP = 100.0
 ROW_ALIGNMENT = 16  # elements; rows that begin at multiples of it are read in whole vectors, whatever V is
 
 
@@ -52,6 +55,13 @@ def launch_config(columns: int, rows: int, programs: int) -> dict[str, int]:
         largest *= 2
     block = min(largest, max(128, triton.next_power_of_2(columns)))
     return {"BLOCK_V": block, "num_warps": max(1, block // (32 * VALUES))}
+
+
+def softcap_kind(softcap: float | None, dtype: torch.dtype) -> int:
+    """The kernels' SOFTCAP. An error of 5e-7 of a small cap is far below the rounding of 16-bit logits."""
+    if softcap is None:
+        return 0
+    return 1 if dtype.itemsize == 2 and softcap <= SMALL_SOFTCAP else ACCURATE_SOFTCAP.value
 
 
 def loss(
@@ -125,7 +135,7 @@ def slice_statistics_(
                 logits, target, statistics, picked, logits.stride(0), first, columns, _readable(columns, logits),
                 options.ignore_index, options.softcap or 1.0,
                 SLOTS=target.shape[1], BLOCK_K=triton.next_power_of_2(target.shape[1]),
-                SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap is not None,
+                SMOOTHING=options.label_smoothing > 0, SOFTCAP=softcap_kind(options.softcap, logits.dtype),
                 **launch_config(columns, rows, rows), enable_fp_fusion=True,
             )  # fmt: skip
 
@@ -194,7 +204,8 @@ def _launch(
             options.ignore_index, options.label_smoothing, options.softcap or 1.0, options.z_loss_weight,
             SLOTS=slots, BLOCK_K=triton.next_power_of_2(slots), NEEDS_LOSS=losses is not None,
             NEEDS_GRAD=dlogits is not None, SMOOTHING=options.label_smoothing > 0,
-            SOFTCAP=options.softcap is not None, **launch_config(columns, rows, programs), enable_fp_fusion=True,
+            SOFTCAP=softcap_kind(options.softcap, logits.dtype),
+            **launch_config(columns, rows, programs), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -315,6 +326,6 @@ def slice_statistics_kernel(
     _, moved = move_maximum(largest, new_largest)
     tl.debug_barrier()  # all warps must have read the former statistics before one of them overwrites them
     tl.store(largest_ptr, new_largest)
-    tl.store(total_ptr, former_total * tl.exp(former_moved) + total * tl.exp(moved))
+    tl.store(total_ptr, former_total * exp(former_moved) + total * exp(moved))
     if SMOOTHING:
         tl.store(below_ptr, (former_below + first * former_moved) + (below + V * moved))

@@ -37,8 +37,10 @@ def test_default_configurations_build_without_spills(report, target):
     ):  # fmt: skip
         assert any(name.startswith(kernel) for name in cases)
     # What cross entropy keeps for all options while it walks through a row may be written to the stack, once a row
-    # (test_configurations.py shows that it is not in an inner loop).
-    allowed = {name: 32 if "-both-all-" in name else 0 for name in cases}
+    # (test_configurations.py shows that it is not in an inner loop). On sm_80 it may be a register, where the threads
+    # of a warp meet again if they have come apart, which they do not.
+    rarely = {"both-all": 32, "loss-plain-sm_80": 8}
+    allowed = {name: max((rarely[part] for part in rarely if part in name), default=0) for name in cases}
     spilled = {name: case["spilled_bytes"] for name, case in cases.items() if case["spilled_bytes"] > allowed[name]}
     assert spilled == {}
     assert max(case["shared_bytes"] for case in cases.values()) <= SHARED_LIMIT[target]

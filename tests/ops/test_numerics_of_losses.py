@@ -90,6 +90,28 @@ def test_fp16_logits_of_ten_thousands(form, options):
         assert relative_error(value, expected) < 0.02  # the logits themselves are rounded to 11 bits
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("softcap", [1e-3, 30.0, 100.0, 101.0, 1e5, 1e30])
+def test_soft_caps_of_every_size(form, dtype, softcap):
+    """Logits from far below the cap to far above it. Eager code rounds in fp32 too, after exact logits of the dtype."""
+    size = min(softcap, 10.0)
+    target, leaves = targets(6, 3, 70), [size * normal(6, 5), normal(70, 5)]
+    function, definition, _ = loss_forms("triton")[form]
+    if form == "logits":
+        leaves = [leaves[0] @ leaves[1].T]
+    else:
+        leaves.append(torch.zeros(70, device=DEVICE))
+    leaves = [leaf.to(dtype) for leaf in leaves]
+    exact = [leaf.double() for leaf in leaves]
+    for value, expected in zip(
+        outputs_and_gradients(lambda *t: function(*t, target=target, softcap=softcap), *leaves),
+        outputs_and_gradients(lambda *t: definition(*t, target=target, softcap=softcap), *exact),
+        strict=True,
+    ):
+        assert relative_error(value, expected) < (2e-2 if dtype == torch.bfloat16 else 5e-6)
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_many_targets_with_a_strong_z_loss_do_not_overflow_in_fp16(memory):
     """Their weights add up in a row's gradient, which is multiplied by ``1 + 2 z_loss_weight lse``."""

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,6 +33,8 @@ def cross_entropy_cases() -> dict[str, tuple]:
     """By name: kernel, types of its pointers and scalars, values of its constexprs, and num_warps."""
     cases = {}
     for dtype in DTYPES:
+        torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        softcap_kinds = {"plain": 0, "all": cross_entropy.softcap_kind(30.0, torch_dtype)}
         for vocab in (512, 50257, 128256):
             for passes in ("loss", "gradient", "both"):
                 for option in ("plain", "all"):
@@ -55,7 +58,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                         "NEEDS_LOSS": passes != "gradient",
                         "NEEDS_GRAD": passes != "loss",
                         "SMOOTHING": option == "all",
-                        "SOFTCAP": option == "all",
+                        "SOFTCAP": softcap_kinds[option],
                         "BLOCK_V": config["BLOCK_V"],
                     }
                     cases[f"cross_entropy-{dtype}-{vocab}-{passes}-{option}"] = (
@@ -66,7 +69,7 @@ def cross_entropy_cases() -> dict[str, tuple]:
                     )
         for option in ("plain", "all"):
             config = cross_entropy.launch_config(1024, 1, 1)
-            constants = {"SLOTS": 4, "BLOCK_K": 4, "SMOOTHING": option == "all", "SOFTCAP": option == "all"}
+            constants = {"SLOTS": 4, "BLOCK_K": 4, "SMOOTHING": option == "all", "SOFTCAP": softcap_kinds[option]}
             cases[f"slice_statistics-{dtype}-1024-{option}"] = (
                 cross_entropy.slice_statistics_kernel,
                 {
