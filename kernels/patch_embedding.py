@@ -71,10 +71,26 @@ def backward(
     padding_idx: int | None,
 ) -> Tensor:  # (V, D)
     """The gradient of the table, in the dtype of ``grad``, summed in fp32 in a fixed order."""
-    slots, hidden = ids.shape[1], grad.shape[1]
-    out = grad.new_empty(vocab, hidden)
+    out = grad.new_empty(vocab, grad.shape[1])
     if ids.numel() == 0 or out.numel() == 0:
         return out.zero_()
+    _sum_gradients(grad, ids, out, padding_idx, add=False)
+    return out
+
+
+def add_gradient_(
+    total: Tensor,  # (V, D), contiguous
+    grad: Tensor,  # (N, D)
+    ids: Tensor,  # (N, K)
+    padding_idx: int | None,
+) -> None:
+    """Adds the gradient of the table, summed in fp32, to another one. Only the rows of the ids are read and written."""
+    if ids.numel() and total.numel():
+        _sum_gradients(grad, ids, total, padding_idx, add=True)
+
+
+def _sum_gradients(grad: Tensor, ids: Tensor, out: Tensor, padding_idx: int | None, *, add: bool) -> None:
+    slots, (vocab, hidden) = ids.shape[1], out.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     tokens = ids.numel()
     # ids outside [0, V) are sorted to the two ends, where they are part of no segment
@@ -109,9 +125,9 @@ def backward(
             hidden,
             -1 if padding_idx is None else padding_idx,
             IDS=IDS,
+            ADD=add,
             **shared,
         )
-    return out
 
 
 @triton.jit
@@ -232,6 +248,7 @@ def patch_embedding_backward_kernel(
     D,
     padding_idx,
     IDS: tl.constexpr,
+    ADD: tl.constexpr,  # to what is in the rows, instead of writing every row
     SLOTS: tl.constexpr,
     PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -251,7 +268,14 @@ def patch_embedding_backward_kernel(
         # a whole block has head = end.
         head = tl.minimum(first_block * BLOCK_T, end)
         tail = tl.maximum(last_block * BLOCK_T, head)
-        total = _sum_tokens(
+        row = tl.full((), 0, tl.int64) + token  # V * D may exceed 2^31
+        written = columns < D
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        if ADD:
+            written = written & (begin < end)
+            total = tl.load(out_ptr + row * D + columns, mask=written, other=0.0).to(tl.float32)
+            tl.debug_barrier()  # where several threads have the same column, all read it before one writes it
+        total += _sum_tokens(
             grad_ptr, order_ptr, scale_ptr, grad_stride, begin, head, columns, D, SLOTS, PADDING, TILE_T, BLOCK_D
         )
         for start in range(first_block, last_block, TILE_T):
@@ -261,5 +285,4 @@ def patch_embedding_backward_kernel(
         total += _sum_tokens(
             grad_ptr, order_ptr, scale_ptr, grad_stride, tail, end, columns, D, SLOTS, PADDING, TILE_T, BLOCK_D
         )
-        row = tl.full((), 0, tl.int64) + token  # V * D may exceed 2^31
-        tl.store(out_ptr + row * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)
+        tl.store(out_ptr + row * D + columns, total.to(out_ptr.dtype.element_ty), mask=written)

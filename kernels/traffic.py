@@ -78,18 +78,20 @@ def _patch_embedding_block_sums(grid: Grid, arguments: Arguments) -> Traffic:
 def _patch_embedding_backward(grid: Grid, arguments: Arguments) -> Traffic:
     """``e D`` to read for every token, whose patch's gradient it is, and ``e D`` to write for every id of the table.
 
-    All ids are summed for a block of columns before the next one begins. If these columns of all patches fit the cache,
-    a patch's gradient is read from memory once, for the first of its tokens.
+    With ADD it is ``e D`` to read and to write for the id of every token; the ids are taken to be all different. All
+    ids are summed for a block of columns before the next one begins. If these columns of all patches fit the cache, a
+    patch's gradient is read from memory once, for the first of its tokens.
     """
     grad, out, order, segments = (arguments[f"{name}_ptr"] for name in ("grad", "out", "order", "segments"))
-    (vocab, hidden), size = out.shape, out.element_size()
+    (vocab, hidden), size, tokens = out.shape, grad.element_size(), order.numel()
     _, columns = grid
-    rows, again = order.numel() * hidden * size, 0
+    rows, again = tokens * hidden * size, 0
     if len(grad) * arguments["BLOCK_D"] * size <= CACHE_BYTES:
         again = rows - len(grad) * hidden * size
     place = order.element_size() + (4 if arguments["PADDING"] else 0)
-    read = columns * (order.numel() * place + vocab * 2 * segments.element_size())
-    return Traffic(rows - again + read, vocab * hidden * size, again)
+    read = columns * (tokens * place + vocab * 2 * segments.element_size())
+    written = (min(tokens, vocab) if arguments["ADD"] else vocab) * hidden * out.element_size()
+    return Traffic(rows - again + read + (written if arguments["ADD"] else 0), written, again)
 
 
 def _scale(grid: Grid, arguments: Arguments) -> Traffic:

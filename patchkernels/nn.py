@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchkernels.numerics import check_patch_size
@@ -40,10 +41,14 @@ class PatchEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx=padding_idx, device=device, dtype=dtype)
         self.patch_size = patch_size
 
-    def forward(self, input_ids: Tensor, patch_size: int | None = None) -> Tensor:
-        """``patch_size`` overrides the module's for this call."""
+    def forward(self, input_ids: Tensor, patch_size: int | None = None, return_weight: bool = False) -> Any:
+        """``patch_size`` overrides the module's for this call.
+
+        ``return_weight`` gives ``(out, weight)``. The second is for a tied :class:`PatchLMHead`, as its argument
+        ``weight``, and for nothing else: :func:`patch_embedding` says why.
+        """
         size = self.patch_size if patch_size is None else patch_size
-        return patch_embedding(input_ids, self.weight, size, padding_idx=self.padding_idx)
+        return patch_embedding(input_ids, self.weight, size, padding_idx=self.padding_idx, return_weight=return_weight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, patch_size={self.patch_size}"
@@ -63,11 +68,16 @@ class PatchLMHead(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
-        """Returns logits ``(..., V)``, or the loss if there is a target ``(..., K)`` or ``(...)``."""
+    def forward(
+        self, input: Tensor, target: Tensor | None = None, *, weight: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Returns logits ``(..., V)``, or the loss if there is a target ``(..., K)`` or ``(...)``.
+
+        With a tied :class:`PatchEmbedding`, ``weight`` is what that one returned with ``return_weight``.
+        """
+        weight = self.weight if weight is None else weight
         if target is None:
             if options:
                 raise ValueError(f"options of the loss need a target, got {sorted(options)} without one")
-            return super().forward(input)
-        loss: Tensor = linear_patch_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
-        return loss
+            return F.linear(input, weight, self.bias)
+        return linear_patch_cross_entropy(input, weight, target, linear_bias=self.bias, **options)

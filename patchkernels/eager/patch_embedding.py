@@ -45,13 +45,30 @@ def backward(
     padding_idx: int | None,
 ) -> Tensor:  # (V, D)
     """The gradient of the table, in the dtype of ``grad``, summed slot by slot in fp32 (fp64 for fp64)."""
-    dtype = accumulation_dtype(grad.dtype)
-    scaled = grad.to(dtype)
-    if ids.shape[1] > 1:
-        scaled = scaled * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
-    total = scaled.new_zeros(vocab, grad.shape[1])
-    for slot in ids.T:
-        total.index_add_(0, slot.clamp(0, vocab - 1), scaled)
+    total = torch.zeros(vocab, grad.shape[1], dtype=accumulation_dtype(grad.dtype), device=grad.device)
+    _add_slots_(total, grad, ids, padding_idx)
     if padding_idx is not None:
         total[padding_idx] = 0
     return total.to(grad.dtype)
+
+
+def add_gradient_(
+    total: Tensor,  # (V, D)
+    grad: Tensor,  # (N, D)
+    ids: Tensor,  # (N, K)
+    padding_idx: int | None,
+) -> None:
+    """Adds the gradient of the table to another one, in its memory."""
+    dtype = accumulation_dtype(grad.dtype)
+    if padding_idx is None and total.dtype == dtype:
+        _add_slots_(total, grad, ids, None)
+    else:
+        total += backward(grad.to(dtype), ids, len(total), padding_idx)
+
+
+def _add_slots_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
+    scaled = grad.to(total.dtype)
+    if ids.shape[1] > 1:
+        scaled = scaled * inverse_counts(ids, padding_idx, total.dtype).unsqueeze(1)
+    for slot in ids.T:
+        total.index_add_(0, slot.clamp(0, len(total) - 1), scaled)

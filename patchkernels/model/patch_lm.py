@@ -77,12 +77,16 @@ class PatchLM(nn.Module):
         patch_size = int(patch_size)  # torch.compile may have made it symbolic; as an int, every K has its own graph
         self._check_shapes(input_ids, labels, patch_size, document_ids)
         patch_documents = None if document_ids is None else _patch_documents(document_ids, patch_size)
-        hidden = self.model(input_ids, patch_size, patch_documents)
+        tied: dict[str, Tensor] = {}
+        if torch.is_grad_enabled() and self.lm_head.weight is self.model.embed_tokens.weight:
+            hidden, tied["weight"] = self.model(input_ids, patch_size, patch_documents, return_weight=True)
+        else:
+            hidden = self.model(input_ids, patch_size, patch_documents)
         if labels is None:
-            logits: Tensor = self.lm_head(hidden)
+            logits: Tensor = self.lm_head(hidden, **tied)
             return logits
         target = patch_targets(labels, patch_size, document_ids)
-        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction, target_weight=target_weight)
+        loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction, target_weight=target_weight, **tied)
         return loss
 
     def _check_shapes(
@@ -170,7 +174,10 @@ def _patch_documents(document_ids: Tensor, patch_size: int) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Everything below the head: maps ``input_ids (B, T)``, ``document_ids (B, P)`` to hidden states ``(B, P, D)``."""
+    """Everything below the head: maps ``input_ids (B, T)``, ``document_ids (B, P)`` to hidden states ``(B, P, D)``.
+
+    With ``return_weight``, also returns the embedding's weight for a tied head.
+    """
 
     def __init__(self, config: PatchLMConfig) -> None:
         super().__init__()
@@ -179,8 +186,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, patch_size: int, document_ids: Tensor | None) -> Tensor:
-        x = self.embed_tokens(input_ids, patch_size=patch_size)  # (B, P, D)
+    def forward(
+        self, input_ids: Tensor, patch_size: int, document_ids: Tensor | None, return_weight: bool = False
+    ) -> Any:
+        embedded = self.embed_tokens(input_ids, patch_size=patch_size, return_weight=return_weight)
+        x, weight = embedded if return_weight else (embedded, None)  # (B, P, D), (V, D)
         rotary = rotary_table(x, document_ids, self.config)
         documents = None
         if document_ids is not None:
@@ -192,7 +202,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, rotary, documents)
         out: Tensor = self.norm(x)
-        return out
+        return (out, weight) if return_weight else out
 
 
 class RMSNorm(nn.Module):

@@ -23,7 +23,7 @@ from patchkernels.numerics import (
     inverse_counts,
 )
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped, transforms
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -33,8 +33,9 @@ def patch_embedding(
     patch_size: int,
     *,
     padding_idx: int | None = None,
+    return_weight: bool = False,
     backend: str = "auto",
-) -> Tensor:  # (..., T / K, D)
+) -> Any:  # (..., T / K, D)
     r"""``out[..., p, :] = (1/K) sum_k weight[input_ids[..., p*K + k], :]``
 
     The input of a patch is the mean of the embeddings of its ``patch_size`` tokens (PatchTrain, arXiv 2407.12665,
@@ -49,6 +50,9 @@ def patch_embedding(
         patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
         padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
             for K > 1 a patch of nothing but padding is zero.
+        return_weight: returns ``(out, weight)``, where the second is for a head that shares the table, and for nothing
+            else. In the backward the gradients of ``out`` are added to the head's gradient in its own memory, instead
+            of becoming a second ``(V, D)`` matrix that is then added to the first.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -66,7 +70,7 @@ def patch_embedding(
     check_transforms("patch_embedding", weight)
     _check_arguments(input_ids, weight, patch_size)
     ids = replicated(input_ids, "input_ids")
-    weight, shard = vocab_shard(weight, "weight", input_ids, "input_ids")
+    local, shard = vocab_shard(weight, "weight", input_ids, "input_ids")
     tokens, vocab = ids.shape[-1], shard.vocab if shard else weight.shape[0]
     if tokens % patch_size:
         raise ValueError(
@@ -80,10 +84,13 @@ def patch_embedding(
     patches = ids.unflatten(-1, (tokens // patch_size, patch_size))
     backend = choose_backend(backend, weight, weight.dtype)
     if shard:
-        out: Tensor = _ShardedPatchEmbedding.apply(patches, weight, padding_idx, shard, backend)
-    else:
-        out = _PatchEmbedding.apply(patches, weight, padding_idx, backend)
-    return as_replicated(out, input_ids)
+        out: Tensor = as_replicated(
+            _ShardedPatchEmbedding.apply(patches, local, padding_idx, shard, backend), input_ids
+        )
+        return (out, weight) if return_weight else out
+    if return_weight:
+        return _TiedPatchEmbedding.apply(patches, local, padding_idx, backend)
+    return _PatchEmbedding.apply(patches, local, padding_idx, backend)
 
 
 def _check_arguments(input_ids: Tensor, weight: Tensor, patch_size: int) -> None:
@@ -118,6 +125,42 @@ class _PatchEmbedding(Function):
         (ids,) = ctx.saved_tensors
         op = torch.ops.patchkernels.patch_embedding_backward
         return None, op(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend), None, None
+
+
+class _TiedPatchEmbedding(Function):
+    """The same, and the table for a head that shares it."""
+
+    @staticmethod
+    def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> tuple[Tensor, Tensor]:
+        return _PatchEmbedding.forward(ids, weight, padding_idx, backend), weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, str], output: tuple[Tensor, Tensor]) -> None:
+        _PatchEmbedding.setup_context(ctx, inputs, output[0])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor | None, head_grad: Tensor | None) -> tuple[None, Tensor | None, None, None]:
+        if grad is None:
+            return None, head_grad, None, None
+        if head_grad is None or not _can_be_added_to(head_grad, grad):
+            own = torch.ops.patchkernels.patch_embedding_backward(
+                grad, *ctx.saved_tensors, ctx.vocab, ctx.padding_idx, ctx.backend
+            )
+            return None, own if head_grad is None else own + head_grad, None, None
+        torch.ops.patchkernels.patch_embedding_add_gradient_(
+            head_grad, grad, *ctx.saved_tensors, ctx.padding_idx, ctx.backend
+        )
+        return None, head_grad, None, None
+
+
+def _can_be_added_to(head_grad: Tensor, grad: Tensor) -> bool:
+    """Whether this is contiguous memory of its own, which is not known in transforms and for gradients of gradients."""
+    if torch.compiler.is_compiling():
+        return True
+    known = not (head_grad.requires_grad or transforms() or is_mapped(head_grad) or is_mapped(grad))
+    return known and head_grad.is_contiguous()
 
 
 class _ShardedPatchEmbedding(Function):
@@ -183,6 +226,19 @@ def _backward(
     return total
 
 
+@torch.library.custom_op("patchkernels::patch_embedding_add_gradient_", mutates_args={"total"})
+def _add_gradient_(
+    total: Tensor,  # (V, D), contiguous
+    grad: Tensor,  # (..., D)
+    ids: Tensor,  # (..., K)
+    padding_idx: int | None,
+    backend: str,
+) -> None:
+    ids = ids.reshape(-1, ids.shape[-1])
+    grad = grad.reshape(len(ids), grad.shape[-1])
+    implementation("patch_embedding", backend).add_gradient_(total, grad, ids, padding_idx)
+
+
 @torch.library.custom_op("patchkernels::embedding_vocab_parallel", mutates_args=())
 def _sharded_forward(
     ids: Tensor,  # (..., K), the same on all ranks
@@ -222,6 +278,11 @@ def _inside_shard(ids: Tensor, rows: int, first: int, padding_idx: int | None) -
 @_sharded_forward.register_fake
 def _(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(*ids.shape[:-1], weight.shape[1])
+
+
+@_add_gradient_.register_fake
+def _(*_: Any) -> None:
+    return
 
 
 @_backward.register_fake

@@ -97,6 +97,12 @@ def test_patch_embedding(slots, hidden, dtype):
     in_every_order(lambda: [patch_embedding.forward(ids, weight, 4)])
     in_every_order(lambda: [patch_embedding.backward(gradient, ids, 9, 4)])
 
+    def add():
+        patch_embedding.add_gradient_(total := weight.clone(), gradient, ids, 4)
+        return [total]
+
+    in_every_order(add)
+
 
 def test_rows_of_a_view_are_not_read_past_the_storage():
     """The last row has no padding behind it, though the stride of the rows leaves room."""

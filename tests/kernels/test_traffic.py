@@ -115,6 +115,11 @@ def test_patch_embedding(check, hidden, slots, padding_idx):
         patch_embedding.backward, torch.randn(len(ids), hidden), ids, vocab, padding_idx,
         kernels=["patch_embedding_block_sums_kernel", "patch_embedding_backward_kernel"], again=40,
     )  # fmt: skip
+    total = torch.randn(vocab, hidden).bfloat16()
+    check(
+        patch_embedding.add_gradient_, total, torch.randn(len(ids), hidden), ids, padding_idx,
+        kernels=["patch_embedding_block_sums_kernel", "patch_embedding_backward_kernel"], again=40,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -36,7 +36,7 @@ def functions_of(module):
     ("operator", "of_kernels_alone"),
     [
         ("patch_embedding", {"launch_config"}),
-        ("cross_entropy", {"launch_config", "programs_at_a_time"}),
+        ("cross_entropy", {"launch_config", "programs_at_a_time", "softcap_kind"}),
         ("scaling", set()),
         ("targets", {"launch_config"}),
     ],

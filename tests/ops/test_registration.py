@@ -55,6 +55,8 @@ def test_opcheck(backend, dtype):
         (ops.patch_embedding, (ids, weight, None, backend)),
         (ops.patch_embedding, (ids.T[:K, :3].T, weight.T.contiguous().T, 3, backend)),
         (ops.patch_embedding_backward, (x, ids, 30, 3, backend)),
+        (ops.patch_embedding_add_gradient_, (torch.randn_like(weight), x, ids, 3, backend)),
+        (ops.patch_embedding_add_gradient_, (torch.randn(30, 8, device=DEVICE), x, ids, None, backend)),
         (ops.patch_cross_entropy, (logits, ids, backend, *options)),
         (ops.patch_cross_entropy_backward, (c, logits, ids, statistics, backend, *options)),
         (ops.patch_cross_entropy_backward, (c, logits.T.contiguous().T, ids, statistics, backend, *options)),

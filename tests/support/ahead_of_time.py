@@ -124,12 +124,14 @@ def patch_embedding_cases() -> dict[str, tuple]:
                 shared,
                 warps,
             )
-            cases[f"backward-{dtype}-{hidden}"] = (
-                patch_embedding.patch_embedding_backward_kernel,
-                {**pointers, "segments_ptr": "*i64", "out_ptr": "*" + dtype, **sizes, "V": "i32", "padding_idx": "i32"},
-                {**shared, "IDS": patch_embedding.IDS},
-                warps,
-            )
+            segments = {**pointers, "segments_ptr": "*i64", **sizes, "V": "i32", "padding_idx": "i32"}
+            for add, out in ((False, dtype), (True, dtype), (True, "fp32")):
+                cases[f"backward-{dtype}-{hidden}" + (f"-added-to-{out}" if add else "")] = (
+                    patch_embedding.patch_embedding_backward_kernel,
+                    {**segments, "out_ptr": "*" + out},
+                    {**shared, "IDS": patch_embedding.IDS, "ADD": add},
+                    warps,
+                )
     return cases
 
 

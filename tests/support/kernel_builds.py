@@ -164,10 +164,13 @@ def launch_patch_embedding(
     dtype: torch.dtype, hidden: int, slots: int, vocab: int, padding_idx: int | None, layout: str, ids: torch.dtype,
     begin: int,
 ) -> None:  # fmt: skip
-    """Forward, and a backward of so many tokens that whole blocks are summed."""
+    """Forward, and backwards of so many tokens that whole blocks are summed."""
     numbers = zeros(patch_embedding.BLOCK_T, slots, dtype=ids, begin=begin)
     patch_embedding.forward(numbers, rows_of(vocab, hidden, dtype, layout), padding_idx)
-    patch_embedding.backward(rows_of(len(numbers), hidden, dtype, layout), numbers, vocab, padding_idx)
+    grad = rows_of(len(numbers), hidden, dtype, layout)
+    total = patch_embedding.backward(grad, numbers, vocab, padding_idx)
+    for head_dtype in (dtype, torch.float32):
+        patch_embedding.add_gradient_(total.to(head_dtype), grad, numbers, padding_idx)
 
 
 def launch_scaling(dtype: torch.dtype, result: torch.dtype, elements: int, in_place: bool, begin: int) -> None:
