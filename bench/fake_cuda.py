@@ -24,12 +24,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from patchkernels.kernels import cross_entropy, patch_embedding, scaling, targets
+from patchkernels.ops.registration import BODIES
 
 KERNEL_MODULES = (cross_entropy, patch_embedding, scaling, targets)
 
@@ -167,7 +167,7 @@ class _Host(TorchDispatchMode):
         name = func.name().split(".")[0]
         if func.namespace == "patchkernels":
             with self:
-                return OPDEFS[func._name]._init_fn(*args, **kwargs)
+                return BODIES[func._name](*args, **kwargs)
         if func.namespace == "c10d":  # collectives wait on the GPU, not on the host
             return args[0], FakeWork().boxed()
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -92,9 +92,9 @@ def check_ids(ids: Tensor, vocab: int) -> None:
     Ids on a GPU are not checked, because reading them would make the program wait for the GPU.
     """
     if ids.device.type == "cpu" and ids.numel():
-        for extreme in ids.aminmax():
+        for extreme in _extremes(ids):
             if not 0 <= extreme < vocab:
-                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme.item()}")
+                raise IndexError(f"token ids must be in [0, {vocab}), got {extreme}")
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
@@ -103,11 +103,15 @@ def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     Targets on a GPU are not checked, because reading them would make the program wait for the GPU.
     """
     if target.device.type == "cpu":
-        for extreme in target.masked_fill(target == ignore_index, 0).aminmax() if target.numel() else ():
+        for extreme in _extremes(target.masked_fill(target == ignore_index, 0)) if target.numel() else ():
             if not 0 <= extreme < vocab:
-                raise IndexError(
-                    f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {extreme.item()}"
-                )
+                raise IndexError(f"targets must be in [0, {vocab}) or ignore_index={ignore_index}, got {extreme}")
+
+
+def _extremes(numbers: Tensor) -> tuple[int, int]:
+    """The smallest and the largest. Comparing tensors with numbers would take longer than finding them."""
+    smallest, largest = numbers.aminmax()
+    return int(smallest.item()), int(largest.item())
 
 
 def new_statistics(

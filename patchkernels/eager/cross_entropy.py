@@ -25,7 +25,7 @@ __all__ = [
     "slice_statistics_",
 ]
 
-CHUNK_BYTES = 2**24  # the most bytes of fp32 logits that `loss` and `logits_gradient` hold at a time
+CHUNK_BYTES = 2**22  # of fp32 logits that are passed over at a time, so that they stay in a CPU's cache
 
 
 def loss(
@@ -65,11 +65,15 @@ def loss_and_gradient(
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:  # l (N, K); dlogits (N, V), in the dtype of the logits
     """Losses and dlogits. The logits stay unchanged."""
-    losses = torch.empty(target.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    dtype, chunks = accumulation_dtype(logits.dtype), _chunks(logits)
+    losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    for chunk in _chunks(logits):
-        dlogits[chunk] = logits[chunk]
-        loss_and_gradient_(dlogits[chunk], target[chunk], c[chunk], losses[chunk], options)
+    wide = dlogits if dtype == logits.dtype else dlogits.new_empty(logits[chunks[0]].shape, dtype=dtype)
+    for chunk in chunks:
+        z = dlogits[chunk] if wide is dlogits else wide[: len(logits[chunk])]
+        loss_and_gradient_(z.copy_(logits[chunk]), target[chunk], c[chunk], losses[chunk], options)
+        if wide is not dlogits:
+            dlogits[chunk] = z
     return losses, dlogits
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from patchkernels.numerics import accumulation_dtype, check_ids, inverse_counts
 
+BLOCK_BYTES = 2**22  # of sums in fp32, so that they stay in a CPU's cache
+
 
 def forward(
     ids: Tensor,  # (N, K)
@@ -23,19 +25,29 @@ def forward(
     if ids.device.type != "cpu":  # a bad id gives NaN here, since an error would wait for the device
         bad = ((ids < 0) | (ids >= vocab)).any(1, keepdim=True)
         ids = ids.clamp(0, max(vocab - 1, 0))
-    check_ids(ids, vocab)
     patch_size = ids.shape[1]
-    if patch_size == 1:
-        out = F.embedding(ids[:, 0], weight)
-    elif weight.dtype == accumulation_dtype(weight.dtype):
-        out = F.embedding_bag(ids.long(), weight, mode="mean", padding_idx=padding_idx)
-    else:  # embedding_bag would round the sum to 16 bits before it divides
-        total = torch.zeros(len(ids), weight.shape[1], dtype=torch.float32, device=weight.device)
-        for slot in ids.T:
-            rows = weight[slot]
-            total += rows if padding_idx is None else rows.masked_fill_((slot == padding_idx).unsqueeze(1), 0)
-        out = total.mul_(inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)).to(weight.dtype)
+    # embedding_bag rounds a sum before it divides, which is exact in bfloat16 if it divides by a power of two.
+    exact = weight.dtype == torch.bfloat16 and padding_idx is None and patch_size & (patch_size - 1) == 0
+    try:
+        if patch_size == 1:
+            out = F.embedding(ids[:, 0], weight)
+        elif exact or weight.dtype == accumulation_dtype(weight.dtype):
+            out = F.embedding_bag(ids.long(), weight, mode="mean", padding_idx=padding_idx)
+        else:
+            out = _mean_in_fp32(ids, weight, padding_idx)
+    except (IndexError, RuntimeError):  # both functions of torch check the ids, but do not say which is wrong
+        check_ids(ids, vocab)
+        raise
     return out if bad is None else out.masked_fill_(bad, torch.nan)
+
+
+def _mean_in_fp32(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:  # (N, D), 16 bits
+    check_ids(ids, len(weight))
+    total = torch.zeros(len(ids), weight.shape[1], dtype=torch.float32, device=weight.device)
+    for slot in ids.T:
+        rows = weight[slot]
+        total += rows if padding_idx is None else rows.masked_fill_((slot == padding_idx).unsqueeze(1), 0)
+    return total.mul_(inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)).to(weight.dtype)
 
 
 def backward(
@@ -44,8 +56,11 @@ def backward(
     vocab: int,
     padding_idx: int | None,
 ) -> Tensor:  # (V, D)
-    """The gradient of the table, in the dtype of ``grad``, summed slot by slot in fp32 (fp64 for fp64)."""
-    total = torch.zeros(vocab, grad.shape[1], dtype=accumulation_dtype(grad.dtype), device=grad.device)
+    """The gradient of the table, in the dtype of ``grad``, summed in fp32 (fp64 for fp64) in a fixed order."""
+    dtype = accumulation_dtype(grad.dtype)
+    if grad.dtype != dtype and grad.device.type == "cpu" and grad.numel():
+        return _sums_of_segments(grad, ids, vocab, padding_idx)
+    total = torch.zeros(vocab, grad.shape[1], dtype=dtype, device=grad.device)
     _add_slots_(total, grad, ids, padding_idx)
     if padding_idx is not None:
         total[padding_idx] = 0
@@ -59,16 +74,39 @@ def add_gradient_(
     padding_idx: int | None,
 ) -> None:
     """Adds the gradient of the table to another one, in its memory."""
-    dtype = accumulation_dtype(grad.dtype)
-    if padding_idx is None and total.dtype == dtype:
+    if padding_idx is None and total.dtype == accumulation_dtype(total.dtype):
         _add_slots_(total, grad, ids, None)
     else:
-        total += backward(grad.to(dtype), ids, len(total), padding_idx)
+        total += backward(grad.to(accumulation_dtype(grad.dtype)), ids, len(total), padding_idx)
 
 
 def _add_slots_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
-    scaled = grad.to(total.dtype)
-    if ids.shape[1] > 1:
-        scaled = scaled * inverse_counts(ids, padding_idx, total.dtype).unsqueeze(1)
-    for slot in ids.T:
-        total.index_add_(0, slot.clamp(0, len(total) - 1), scaled)
+    """Adds slot by slot."""
+    scaled = _scaled(grad, ids, padding_idx, total.dtype)
+    for slot in ids.clamp(0, len(total) - 1).T:
+        total.index_add_(0, slot, scaled)
+
+
+def _sums_of_segments(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None) -> Tensor:  # (V, D)
+    """The tokens of an id follow one another when they are sorted. Their gradients are summed a block of ids at a time.
+
+    So no (V, D) matrix in fp32 is needed beside the one of 16 bits.
+    """
+    scaled = _scaled(grad, ids, padding_idx, torch.float32)
+    ordered, order = ids.reshape(-1).sort(stable=True)
+    patches, first = order // ids.shape[1], torch.searchsorted(ordered, torch.arange(vocab + 1))
+    total = grad.new_empty(vocab, grad.shape[1])
+    block = max(1, BLOCK_BYTES // (4 * grad.shape[1]))
+    for start in range(0, vocab, block):
+        edges = first[start : start + block + 1]
+        begin, end = edges[0].item(), edges[-1].item()
+        sums = F.embedding_bag(patches[begin:end], scaled, edges[:-1] - begin, mode="sum") if begin < end else 0
+        total[start : start + block] = sums
+    if padding_idx is not None:
+        total[padding_idx] = 0
+    return total
+
+
+def _scaled(grad: Tensor, ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> Tensor:  # (N, D)
+    scaled = grad.to(dtype)
+    return scaled if ids.shape[1] == 1 else scaled * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)

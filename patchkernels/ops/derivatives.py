@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,11 +54,16 @@ transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Function(torch.autograd.Function):
-    """An ``autograd.Function`` that keeps the signature of its forward, which torch asks for in every call."""
+    """An ``autograd.Function`` all of whose arguments are given in a call, by position.
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    So none has to be bound to the signature of its forward, which takes torch some microseconds.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 def first_derivative_only(backward: Backward) -> Backward:

@@ -10,8 +10,8 @@ writes are the caller's to wait for, as with every operator of PyTorch.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,14 +23,20 @@ LOGITS_BYTES = {"cuda": 2**31, "cpu": 2**26}
 LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
 
 
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """Switches autocast off.
+def without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of an operator, with autocast switched off.
 
-    A custom operator runs under the caller's autocast, which would turn its fp32 sums into 16 bits.
+    An operator runs under the caller's autocast, which would turn its fp32 sums into 16 bits.
     """
-    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-        yield
+
+    @functools.wraps(body)
+    def run(*arguments: Any) -> Any:
+        if not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")):
+            return body(*arguments)
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return body(*arguments)
+
+    return run
 
 
 def known_to_be_true(condition: Any) -> bool:

@@ -29,6 +29,7 @@ from patchkernels.ops.linear_buffers import (
     power_of_two_scale,
     without_autocast,
 )
+from patchkernels.ops.registration import fake, operator
 from patchkernels.ops.vocab_shard import VocabShard, process_group, sum_
 
 SETTINGS = f"SymInt first, SymInt vocab, str group, SymInt logits_bytes, str backend, {LOSS_OPTIONS}"
@@ -40,13 +41,11 @@ def rows_of_a_chunk(x: Tensor, weight: Tensor, shard: VocabShard, logits_bytes: 
     return chunk_rows(len(x), columns * x.element_size(), logits_bytes)
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_losses",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, {SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    f"linear_losses(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? c, bool[] needs, {SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-@without_autocast()
+@without_autocast
 def _losses(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -60,14 +59,12 @@ def _losses(
     return losses, *gradients
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_loss",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? target_weight, str reduction, "
+@operator(
+    "linear_loss(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? target_weight, str reduction, "
     f"bool every_loss, bool[] needs, bool keep, {SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-@without_autocast()
+@without_autocast
 def _loss(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -153,7 +150,7 @@ def _outputs(
     )
 
 
-@_losses.register_fake
+@fake("linear_losses")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, c: Tensor | None, needs: list[bool], *settings: Any
 ) -> tuple[Tensor, ...]:
@@ -162,7 +159,7 @@ def _(
     return losses, *gradients
 
 
-@_loss.register_fake
+@fake("linear_loss")
 def _(
     x: Tensor,
     weight: Tensor,
@@ -181,14 +178,12 @@ def _(
     return x.new_empty((), dtype=dtype), losses, scale, *gradients
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_gradients",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor scale, Tensor dlogits, Tensor dx, Tensor dw, Tensor db, Tensor? x, "
+@operator(
+    "linear_gradients(Tensor upstream, Tensor scale, Tensor dlogits, Tensor dx, Tensor dw, Tensor db, Tensor? x, "
     "Tensor? weight, bool[] needs, str group, str backend, ScalarType x_dtype, ScalarType weight_dtype, "
-    "ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+    "ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)"
 )
-@without_autocast()
+@without_autocast
 def _gradients(
     upstream: Tensor,  # ()
     scale: Tensor,  # () in fp16, else empty
@@ -251,7 +246,7 @@ def _new_gradients(
     return dx, dw, db
 
 
-@_gradients.register_fake
+@fake("linear_gradients")
 def _(
     upstream: Tensor,
     scale: Tensor,

@@ -24,6 +24,7 @@ from patchkernels.ops.backend import implementation
 from patchkernels.ops.derivatives import Function, first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
 from patchkernels.ops.linear_buffers import add_product, multiply, multiply_into, power_of_two_scale, without_autocast
+from patchkernels.ops.registration import fake, operator
 
 SMALLEST_SLICE_BYTES = 2**20  # matrix products with a smaller slice are slow
 # On a GPU also those with fewer columns: x and the sum of dx are read for each slice, which then takes longer.
@@ -90,13 +91,11 @@ class _VocabSliceLosses(Function):
         return *(g if needed else None for g, needed in zip(grads, ctx.needs)), *(None,) * 5
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_low_memory",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor target, SymInt slice_bytes, str backend, "
-    f"{LOSS_OPTIONS}) -> (Tensor, Tensor)",
+@operator(
+    "linear_low_memory(Tensor x, Tensor weight, Tensor? bias, Tensor target, SymInt slice_bytes, str backend, "
+    f"{LOSS_OPTIONS}) -> (Tensor, Tensor)"
 )
-@without_autocast()
+@without_autocast
 def _forward(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -115,13 +114,11 @@ def _forward(
     return row_losses(statistics, picked, target, len(weight), options), statistics[:2]
 
 
-@torch.library.custom_op(
-    "patchkernels::linear_low_memory_backward",
-    mutates_args=(),
-    schema="(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor statistics, bool[] needs, "
-    f"SymInt slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "linear_low_memory_backward(Tensor c, Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor statistics, "
+    f"bool[] needs, SymInt slice_bytes, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
-@without_autocast()
+@without_autocast
 def _backward(
     c: Tensor,  # (N, K), dL/dl
     x: Tensor,  # (N, D)
@@ -198,13 +195,13 @@ def _new_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor
     )
 
 
-@_forward.register_fake
+@fake("linear_low_memory")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(x.dtype)
     return x.new_empty(target.shape, dtype=dtype), x.new_empty((2, target.shape[0]), dtype=dtype)
 
 
-@_backward.register_fake
+@fake("linear_low_memory_backward")
 def _(
     c: Tensor, x: Tensor, weight: Tensor, bias: Any, target: Tensor, statistics: Tensor, needs: list[bool], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from patchkernels.numerics import IGNORE_INDEX, LOSS_OPTIONS, LossOptions, accumulation_dtype
 from patchkernels.ops.backend import choose_backend, implementation
 from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped, transforms
+from patchkernels.ops.registration import fake, operator
 from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 
 
@@ -159,11 +160,7 @@ class _PatchCrossEntropy(Function):
         return op(grad, *ctx.saved_tensors, ctx.backend, *ctx.options), None, None, None
 
 
-@torch.library.custom_op(
-    "patchkernels::patch_cross_entropy",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor target, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor)",
-)
+@operator(f"patch_cross_entropy(Tensor logits, Tensor target, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor)")
 def _forward(
     logits: Tensor,  # (N, V)
     target: Tensor,  # (N, K)
@@ -176,10 +173,9 @@ def _forward(
     return losses, statistics
 
 
-@torch.library.custom_op(
-    "patchkernels::patch_cross_entropy_backward",
-    mutates_args=(),
-    schema=f"(Tensor c, Tensor logits, Tensor target, Tensor statistics, str backend, {LOSS_OPTIONS}) -> Tensor",
+@operator(
+    "patch_cross_entropy_backward(Tensor c, Tensor logits, Tensor target, Tensor statistics, str backend, "
+    f"{LOSS_OPTIONS}) -> Tensor"
 )
 def _backward(
     c: Tensor,  # (N, K), dL/dl
@@ -194,11 +190,9 @@ def _backward(
     return dlogits
 
 
-@torch.library.custom_op(
-    "patchkernels::patch_cross_entropy_reduced",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor? target_weight, str reduction, bool every_loss, str backend, "
-    f"{LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "patch_cross_entropy_reduced(Tensor logits, Tensor target, Tensor? target_weight, str reduction, bool every_loss, "
+    f"str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
 def _reduced(
     logits: Tensor,  # (N, V)
@@ -218,18 +212,18 @@ def _reduced(
     return targets.weighted_sum(losses, c), losses, dlogits
 
 
-@torch.library.custom_op("patchkernels::scaled", mutates_args=())
+@operator("scaled(Tensor values, Tensor scale, str backend) -> Tensor")
 def _scaled(values: Tensor, scale: Tensor, backend: str) -> Tensor:
     out: Tensor = implementation("scaling", backend).scale_into(values.new_empty(values.shape), values, scale)
     return out
 
 
-@torch.library.custom_op("patchkernels::scale_", mutates_args={"values"})
+@operator("scale_(Tensor(a!) values, Tensor scale, str backend) -> ()")
 def _scale_(values: Tensor, scale: Tensor, backend: str) -> None:
     implementation("scaling", backend).scale_(values, scale)
 
 
-@_reduced.register_fake
+@fake("patch_cross_entropy_reduced")
 def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(logits.dtype)
     return (
@@ -239,22 +233,22 @@ def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@_scaled.register_fake
+@fake("scaled")
 def _(values: Tensor, *_: Any) -> Tensor:
     return values.new_empty(values.shape)
 
 
-@_scale_.register_fake
+@fake("scale_")
 def _(*_: Any) -> None:
     return
 
 
-@_forward.register_fake
+@fake("patch_cross_entropy")
 def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(logits.dtype)
     return logits.new_empty(target.shape, dtype=dtype), logits.new_empty((2, target.shape[0]), dtype=dtype)
 
 
-@_backward.register_fake
+@fake("patch_cross_entropy_backward")
 def _(c: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)

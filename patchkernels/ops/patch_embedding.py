@@ -24,6 +24,7 @@ from patchkernels.numerics import (
 )
 from patchkernels.ops.backend import choose_backend, implementation
 from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped, transforms
+from patchkernels.ops.registration import fake, operator
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -199,7 +200,7 @@ class _ShardedPatchEmbedding(Function):
         return None, total.to(grad.dtype), None, None, None
 
 
-@torch.library.custom_op("patchkernels::patch_embedding", mutates_args=())
+@operator("patch_embedding(Tensor ids, Tensor weight, SymInt? padding_idx, str backend) -> Tensor")
 def _forward(
     ids: Tensor,  # (..., K)
     weight: Tensor,  # (V, D)
@@ -212,7 +213,7 @@ def _forward(
     return out.resize_(*ids.shape[:-1], weight.shape[1])  # a view could not be changed in place by the caller
 
 
-@torch.library.custom_op("patchkernels::patch_embedding_backward", mutates_args=())
+@operator("patch_embedding_backward(Tensor grad, Tensor ids, SymInt vocab, SymInt? padding_idx, str backend) -> Tensor")
 def _backward(
     grad: Tensor,  # (..., D)
     ids: Tensor,  # (..., K)
@@ -226,7 +227,9 @@ def _backward(
     return total
 
 
-@torch.library.custom_op("patchkernels::patch_embedding_add_gradient_", mutates_args={"total"})
+@operator(
+    "patch_embedding_add_gradient_(Tensor(a!) total, Tensor grad, Tensor ids, SymInt? padding_idx, str backend) -> ()"
+)
 def _add_gradient_(
     total: Tensor,  # (V, D), contiguous
     grad: Tensor,  # (..., D)
@@ -239,7 +242,10 @@ def _add_gradient_(
     implementation("patch_embedding", backend).add_gradient_(total, grad, ids, padding_idx)
 
 
-@torch.library.custom_op("patchkernels::embedding_vocab_parallel", mutates_args=())
+@operator(
+    "embedding_vocab_parallel(Tensor ids, Tensor weight, SymInt? padding_idx, SymInt first, SymInt vocab, str group) "
+    "-> Tensor"
+)
 def _sharded_forward(
     ids: Tensor,  # (..., K), the same on all ranks
     weight: Tensor,  # (V_r, D)
@@ -274,17 +280,16 @@ def _inside_shard(ids: Tensor, rows: int, first: int, padding_idx: int | None) -
     return inside if padding_idx is None else inside & (ids != padding_idx)
 
 
-@_forward.register_fake
-@_sharded_forward.register_fake
+@fake("patch_embedding", "embedding_vocab_parallel")
 def _(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return weight.new_empty(*ids.shape[:-1], weight.shape[1])
 
 
-@_add_gradient_.register_fake
+@fake("patch_embedding_add_gradient_")
 def _(*_: Any) -> None:
     return
 
 
-@_backward.register_fake
+@fake("patch_embedding_backward")
 def _(grad: Tensor, ids: Tensor, vocab: int, *_: Any) -> Tensor:
     return grad.new_empty(vocab, grad.shape[-1])
