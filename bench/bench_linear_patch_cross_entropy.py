@@ -7,32 +7,34 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import OURS, peers, shapes
 from bench.compare import Comparison, Contender, Group, gradients
-from bench.conftest import device
+from bench.conftest import device, dtypes
 from bench.replay import replay
 from patchkernels import linear_patch_cross_entropy, reference
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 LOW_MEMORY = "patchkernels, memory=low"
 FLOOR = "the bare matrix products"
+ONE_TARGET = "F.cross_entropy of one target"  # of the K, so that it does less
 CONTENDERS = (OURS, LOW_MEMORY, "PatchTrain", "PatchTrain, compiled", "F.linear_cross_entropy",
-              "F.linear_cross_entropy, chunked", "Liger", "CCE", "QuACK", "Megatron", FLOOR)  # fmt: skip
+              "F.linear_cross_entropy, chunked", "Liger", "CCE", "QuACK", "Megatron", ONE_TARGET, FLOOR)  # fmt: skip
 
 
 def groups(scale: str) -> list[Group]:
     return [
-        Group("-".join(map(str, (case, *shape))), CONTENDERS, partial(compare, shape, case))
+        Group("-".join(map(str, (case, dtype, *shape))), CONTENDERS, partial(compare, shape, case, dtype))
         for shape in shapes.LINEAR[scale]
         for case in ("forward + backward", "loss only")
+        for dtype in dtypes()
     ]
 
 
-def compare(shape: shapes.Linear, case: str) -> Comparison:
+def compare(shape: shapes.Linear, case: str, dtype: torch.dtype) -> Comparison:
     on = device()
-    dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape.N, shape.D, generator=generator).to(on, dtype)
     weight = (torch.randn(shape.V, shape.D, generator=generator) / shape.D**0.5).to(on, dtype)
@@ -58,6 +60,9 @@ def compare(shape: shapes.Linear, case: str) -> Comparison:
         torch.mm(x, weight.T, out=logits)
         return [logits] if case == "loss only" else [logits @ weight, logits.T @ x]
 
+    def one_target(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight), target[:, 0])
+
     losses = {
         OURS: linear_patch_cross_entropy,
         LOW_MEMORY: partial(linear_patch_cross_entropy, memory="low"),
@@ -72,7 +77,7 @@ def compare(shape: shapes.Linear, case: str) -> Comparison:
         contenders={name: peers.bind(loss, contender) for name, loss in losses.items()},
         exact=contender(reference.linear_patch_cross_entropy, wide),
         floor=FLOOR,
-        floors={FLOOR: products},
+        floors={FLOOR: products, ONE_TARGET: contender(one_target)},
         flops=2 * shape.N * shape.D * shape.V * (1 if case == "loss only" else 3),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import OURS, peers, shapes
 from bench.compare import Comparison, Group, copy_of, gradients
-from bench.conftest import device
+from bench.conftest import device, dtypes
 from bench.measure import Function
 from bench.replay import replay
 from patchkernels import patch_cross_entropy, reference
@@ -23,12 +23,15 @@ if device().type == "cuda":
 
 
 def groups(scale: str) -> list[Group]:
-    return [Group("-".join(map(str, s)), CONTENDERS, partial(compare, s)) for s in shapes.LOGITS[scale]]
+    return [
+        Group("-".join(map(str, (dtype, *shape))), CONTENDERS, partial(compare, shape, dtype))
+        for shape in shapes.LOGITS[scale]
+        for dtype in dtypes()
+    ]
 
 
-def compare(shape: shapes.Logits) -> Comparison:
+def compare(shape: shapes.Logits, dtype: torch.dtype) -> Comparison:
     on = device()
-    dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     logits = torch.randn(shape.N, shape.V, device=on, dtype=dtype).requires_grad_()
     target = torch.randint(0, shape.V, (shape.N, shape.K), device=on)
     losses = {

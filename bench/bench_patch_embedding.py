@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import OURS, peers, shapes
 from bench.compare import Comparison, Contender, Group, copy_of, gradients
-from bench.conftest import device
+from bench.conftest import device, dtypes
 from bench.replay import replay
 from patchkernels import patch_embedding, reference
 
@@ -21,9 +21,10 @@ CONTENDERS = (OURS, "embedding().mean()", "embedding().mean(), compiled", "F.emb
 
 def groups(scale: str) -> list[Group]:
     return [
-        Group("-".join(map(str, (case, *shape))), CONTENDERS, partial(compare, shape, case))
+        Group("-".join(map(str, (case, dtype, *shape))), CONTENDERS, partial(compare, shape, case, dtype))
         for shape in shapes.EMBEDDING[scale]
         for case in ("forward", "forward + backward")
+        for dtype in dtypes()
     ]
 
 
@@ -43,9 +44,8 @@ def token_ids(shape: shapes.Embedding) -> Tensor:
     return ids.reshape(-1, shape.patch_size)
 
 
-def compare(shape: shapes.Embedding, case: str) -> Comparison:
+def compare(shape: shapes.Embedding, case: str, dtype: torch.dtype) -> Comparison:
     on = device()
-    dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
     ids = token_ids(shape).to(on)
     weight = torch.randn(shape.V, shape.D, device=on, dtype=dtype)
     patches, size = len(ids), weight.element_size()

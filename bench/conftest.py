@@ -38,6 +38,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Those in which the operators are measured."""
+    return (torch.bfloat16,) if device().type == "cuda" else (torch.float32, torch.bfloat16)
+
+
 def scale(config: pytest.Config) -> str:
     return str(config.getoption("--scale") or ("published" if torch.cuda.is_available() else "small"))
 

@@ -54,9 +54,9 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 
 EMBEDDING = {
     "tiny": [Embedding(4, 100, 16, "zipf", 64)],
-    "small": [Embedding(k, 32000, 768, "zipf", 8192) for k in PATCH_SIZES]
-    + [Embedding(4, 32000, 768, "uniform", 8192)]
-    + [Embedding(4, v, 256, "zipf", 8192) for v in VOCABULARIES[1:]],
+    "small": [Embedding(k, 32000, 512, "zipf", 8192) for k in PATCH_SIZES]
+    + [Embedding(k, 4096, 128, "zipf", 512 * k) for k in (1, 4)]
+    + [Embedding(4, 128256, 256, "zipf", 8192)],
     "published": [Embedding(k, 128256, 4096, "zipf", 2**16) for k in PATCH_SIZES]
     + [Embedding(4, 128256, 4096, "uniform", 2**16)]
     + [Embedding(4, v, 2048, "zipf", 2**16) for v in VOCABULARIES]
@@ -65,7 +65,7 @@ EMBEDDING = {
 
 LOGITS = {
     "tiny": [Logits(4, 8, 200)],
-    "small": [Logits(k, n, v) for n, v in ((256, 32000), (131, 50257)) for k in (1, 4)],
+    "small": [Logits(k, n, v) for n, v in ((512, 32000), (256, 128256)) for k in (1, 4)],
     "published": [
         Logits(k, n, v) for n, v in ((8192, 32000), (16384, 50257), (4096, 128256), (2048, 151936)) for k in (1, 4)
     ],
@@ -73,7 +73,7 @@ LOGITS = {
 
 LINEAR = {
     "tiny": [Linear(4, 8, 16, 200)],
-    "small": [Linear(k, *shape) for shape in ((256, 256, 32000), (131, 192, 10007)) for k in (1, 4)],
+    "small": [Linear(k, *shape) for shape in ((512, 512, 32000), (131, 192, 10007)) for k in (1, 4)],
     "published": [
         Linear(k, *shape)
         for shape in (

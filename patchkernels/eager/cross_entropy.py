@@ -25,7 +25,8 @@ __all__ = [
     "slice_statistics_",
 ]
 
-CHUNK_BYTES = 2**22  # of fp32 logits that are passed over at a time, so that they stay in a CPU's cache
+# Bytes of fp32 logits that are passed over at a time: on a CPU they stay in its cache, elsewhere launches are few.
+CHUNK_BYTES = {"cpu": 2**22, "other": 2**26}
 
 
 def loss(
@@ -65,15 +66,9 @@ def loss_and_gradient(
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:  # l (N, K); dlogits (N, V), in the dtype of the logits
     """Losses and dlogits. The logits stay unchanged."""
-    dtype, chunks = accumulation_dtype(logits.dtype), _chunks(logits)
-    losses = torch.empty(target.shape, dtype=dtype, device=logits.device)
+    losses = torch.empty(target.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    wide = dlogits if dtype == logits.dtype else dlogits.new_empty(logits[chunks[0]].shape, dtype=dtype)
-    for chunk in chunks:
-        z = dlogits[chunk] if wide is dlogits else wide[: len(logits[chunk])]
-        loss_and_gradient_(z.copy_(logits[chunk]), target[chunk], c[chunk], losses[chunk], options)
-        if wide is not dlogits:
-            dlogits[chunk] = z
+    _fill(losses, dlogits, logits, target, c, options)
     return losses, dlogits
 
 
@@ -85,12 +80,31 @@ def loss_and_gradient_(
     options: LossOptions,
 ) -> Tensor | None:  # (N, V)
     """Fills ``losses``; with ``c`` also overwrites the logits with dlogits and returns them."""
-    z = logits.to(accumulation_dtype(logits.dtype))
-    losses[:], statistics, slope = _losses_and_softmax_(z, target, options)
-    if c is None:
-        return None
-    dlogits = _gradient_(z, target, c, statistics, slope, options)
-    return dlogits if dlogits is logits else logits.copy_(dlogits)
+    _fill(losses, logits, logits, target, c, options)
+    return None if c is None else logits
+
+
+def _fill(
+    losses: Tensor,  # (N, K)
+    dlogits: Tensor,  # (N, V), may be the logits
+    logits: Tensor,  # (N, V)
+    target: Tensor,  # (N, K)
+    c: Tensor | None,  # (N, K); None: the losses alone, and the logits may be overwritten
+    options: LossOptions,
+) -> None:
+    """Writes losses and dlogits, some rows at a time, in fp32 (fp64 for fp64)."""
+    dtype, wide = accumulation_dtype(logits.dtype), None
+    for rows in _chunks(logits):
+        if dtype != logits.dtype and wide is None:
+            wide = logits.new_empty(logits[rows].shape, dtype=dtype)  # the first chunk is the largest
+        z = dlogits[rows] if wide is None else wide[: len(logits[rows])]
+        if wide is not None or dlogits is not logits:
+            z.copy_(logits[rows])
+        losses[rows], statistics, slope = _losses_and_softmax_(z, target[rows], options)
+        if c is not None:
+            _gradient_(z, target[rows], c[rows], statistics, slope, options)
+            if wide is not None:
+                dlogits[rows] = z
 
 
 def slice_statistics_(
@@ -142,7 +156,8 @@ def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    chunk_bytes = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["other"])
+    size = max(1, chunk_bytes // (4 * logits.shape[1]))
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 

@@ -59,7 +59,7 @@ def block_sizes(case: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if case.small_blocks:
             stack.enter_context(small_blocks())
-            stack.enter_context(mock.patch.object(eager, "CHUNK_BYTES", 3000))
+            stack.enter_context(mock.patch.object(eager, "CHUNK_BYTES", {"cpu": 3000}))
         yield
 
 
