@@ -58,7 +58,7 @@ def launch_config(columns: int, rows: int, programs: int) -> dict[str, int]:
 
 
 def softcap_kind(softcap: float | None, dtype: torch.dtype) -> int:
-    """The kernels' SOFTCAP. An error of 5e-7 of a small cap is far below the rounding of 16-bit logits."""
+    """The kernels' SOFTCAP. An error of 1e-6 of a small cap is far below the rounding of 16-bit logits."""
     if softcap is None:
         return 0
     return 1 if dtype.itemsize == 2 and softcap <= SMALL_SOFTCAP else ACCURATE_SOFTCAP.value

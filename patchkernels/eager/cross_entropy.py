@@ -156,7 +156,7 @@ def bytes_per_logit(dtype: torch.dtype, options: LossOptions) -> int:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    chunk_bytes = CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["other"])
+    chunk_bytes = CHUNK_BYTES["cpu" if logits.device.type == "cpu" else "other"]
     size = max(1, chunk_bytes // (4 * logits.shape[1]))
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 

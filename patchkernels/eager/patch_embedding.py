@@ -58,12 +58,12 @@ def backward(
 ) -> Tensor:  # (V, D)
     """The gradient of the table, in the dtype of ``grad``, summed in fp32 (fp64 for fp64) in a fixed order."""
     dtype = accumulation_dtype(grad.dtype)
-    if grad.dtype != dtype and grad.device.type == "cpu" and grad.numel():
-        return _sums_of_segments(grad, ids, vocab, padding_idx)
+    if grad.dtype != dtype and grad.device.type == "cpu":
+        total = grad.new_zeros(vocab, grad.shape[1])
+        _add_segments_(total, grad, ids, padding_idx)
+        return total
     total = torch.zeros(vocab, grad.shape[1], dtype=dtype, device=grad.device)
     _add_slots_(total, grad, ids, padding_idx)
-    if padding_idx is not None:
-        total[padding_idx] = 0
     return total.to(grad.dtype)
 
 
@@ -74,37 +74,38 @@ def add_gradient_(
     padding_idx: int | None,
 ) -> None:
     """Adds the gradient of the table to another one, in its memory."""
-    if padding_idx is None and total.dtype == accumulation_dtype(total.dtype):
-        _add_slots_(total, grad, ids, None)
+    if total.dtype == accumulation_dtype(total.dtype):
+        _add_slots_(total, grad, ids, padding_idx)
+    elif total.device.type == "cpu":
+        _add_segments_(total, grad, ids, padding_idx)
     else:
-        total += backward(grad.to(accumulation_dtype(grad.dtype)), ids, len(total), padding_idx)
+        total += backward(grad.to(torch.float32), ids, len(total), padding_idx)
 
 
 def _add_slots_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
-    """Adds slot by slot."""
+    """Slot by slot, in the dtype of ``total``."""
+    kept = None if padding_idx is None else total[padding_idx].clone()
     scaled = _scaled(grad, ids, padding_idx, total.dtype)
     for slot in ids.clamp(0, len(total) - 1).T:
         total.index_add_(0, slot, scaled)
+    if kept is not None:
+        total[padding_idx] = kept
 
 
-def _sums_of_segments(grad: Tensor, ids: Tensor, vocab: int, padding_idx: int | None) -> Tensor:  # (V, D)
-    """The tokens of an id follow one another when they are sorted. Their gradients are summed a block of ids at a time.
-
-    So no (V, D) matrix in fp32 is needed beside the one of 16 bits.
-    """
-    scaled = _scaled(grad, ids, padding_idx, torch.float32)
-    ordered, order = ids.reshape(-1).sort(stable=True)
+def _add_segments_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
+    """In fp32, without a matrix like ``total`` in fp32: a block of ids at a time, whose tokens follow one another."""
+    if not grad.numel():
+        return
+    scaled, vocab = _scaled(grad, ids, padding_idx, torch.float32), len(total)
+    flat = ids.reshape(-1)
+    ordered, order = (flat if padding_idx is None else flat.masked_fill(flat == padding_idx, vocab)).sort(stable=True)
     patches, first = order // ids.shape[1], torch.searchsorted(ordered, torch.arange(vocab + 1))
-    total = grad.new_empty(vocab, grad.shape[1])
     block = max(1, BLOCK_BYTES // (4 * grad.shape[1]))
     for start in range(0, vocab, block):
-        edges = first[start : start + block + 1]
+        edges, rows = first[start : start + block + 1], total[start : start + block]
         begin, end = edges[0].item(), edges[-1].item()
-        sums = F.embedding_bag(patches[begin:end], scaled, edges[:-1] - begin, mode="sum") if begin < end else 0
-        total[start : start + block] = sums
-    if padding_idx is not None:
-        total[padding_idx] = 0
-    return total
+        if begin < end:
+            rows.copy_(F.embedding_bag(patches[begin:end], scaled, edges[:-1] - begin, mode="sum").add_(rows))
 
 
 def _scaled(grad: Tensor, ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> Tensor:  # (N, D)

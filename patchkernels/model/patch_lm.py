@@ -78,16 +78,23 @@ class PatchLM(nn.Module):
         self._check_shapes(input_ids, labels, patch_size, document_ids)
         patch_documents = None if document_ids is None else _patch_documents(document_ids, patch_size)
         tied: dict[str, Tensor] = {}
-        if torch.is_grad_enabled() and self.lm_head.weight is self.model.embed_tokens.weight:
+        if labels is not None and self._shares_its_gradient():
             hidden, tied["weight"] = self.model(input_ids, patch_size, patch_documents, return_weight=True)
         else:
             hidden = self.model(input_ids, patch_size, patch_documents)
         if labels is None:
-            logits: Tensor = self.lm_head(hidden, **tied)
+            logits: Tensor = self.lm_head(hidden)
             return logits
         target = patch_targets(labels, patch_size, document_ids)
         loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction, target_weight=target_weight, **tied)
         return loss
+
+    def _shares_its_gradient(self) -> bool:
+        """Whether the embedding hands its weight to the head. To hooks of others its output is a tensor as ever."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        ours = isinstance(embedding, PatchEmbedding) and isinstance(head, PatchLMHead)
+        hooked = self.model._forward_hooks or embedding._forward_hooks
+        return torch.is_grad_enabled() and ours and not hooked and head.weight is embedding.weight
 
     def _check_shapes(
         self, input_ids: Tensor, labels: Tensor | None, patch_size: int, document_ids: Tensor | None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 Backward = Callable[..., tuple[Any, ...]]
@@ -56,14 +57,15 @@ transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class Function(torch.autograd.Function):
     """An ``autograd.Function`` all of whose arguments are given in a call, by position.
 
-    So none has to be bound to the signature of its forward, which takes torch some microseconds.
+    Torch's own ``apply`` binds them to the signature of the forward, which takes some microseconds. Outside of
+    compilers and transforms this one does only what else torch's does.
     """
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
 
 
 def first_derivative_only(backward: Backward) -> Backward:

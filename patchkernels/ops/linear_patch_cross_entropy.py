@@ -27,6 +27,7 @@ from patchkernels.ops.linear_buffers import (
 )
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
 from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
+from patchkernels.ops.tied import is_tied, mark_owned
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, vocab_shard
 
 MEMORIES = ("default", "low")
@@ -244,6 +245,7 @@ class _LinearLoss(Function):
         x, weight, bias, cast_x, cast_weight, _, ctx.call, *_, keep = inputs
         _, *saved = output
         ctx.dtypes = [x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
+        ctx.tied = is_tied(weight)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
         factors = (cast_x, cast_weight) if keep else (None, None)
@@ -258,6 +260,8 @@ class _LinearLoss(Function):
         gradients = torch.ops.patchkernels.linear_gradients(
             grad, *kept, call.needs, call.shard.group, call.backend, *ctx.dtypes
         )
+        if ctx.tied:
+            mark_owned(gradients[1])
         return *(g if needed else None for g, needed in zip(gradients, call.needs)), *(None,) * 9
 
 
@@ -274,6 +278,7 @@ class _LinearLosses(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.call = inputs
+        ctx.tied = is_tied(tensors[1])
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -287,4 +292,6 @@ class _LinearLosses(Function):
         settings = (call.needs, call.shard.group, call.backend, *[x.dtype] * 3)
         op = torch.ops.patchkernels.linear_gradients
         gradients = op(scale, no_scale, no_dlogits, *sums, None, None, *settings)
+        if ctx.tied:
+            mark_owned(gradients[1])
         return *(g if needed else None for g, needed in zip(gradients, call.needs)), None, None

@@ -25,6 +25,7 @@ from patchkernels.ops.derivatives import Function, first_derivative_only
 from patchkernels.ops.flop_formulas import logits_flops, register_flops, slices_backward_flops
 from patchkernels.ops.linear_buffers import add_product, multiply, multiply_into, power_of_two_scale, without_autocast
 from patchkernels.ops.registration import fake, operator
+from patchkernels.ops.tied import is_tied, mark_owned
 
 SMALLEST_SLICE_BYTES = 2**20  # matrix products with a smaller slice are slow
 # On a GPU also those with fewer columns: x and the sum of dx are read for each slice, which then takes longer.
@@ -80,6 +81,7 @@ class _VocabSliceLosses(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, target, ctx.needs, ctx.options, ctx.slice_bytes, ctx.backend = inputs
         _, statistics = output
+        ctx.tied = is_tied(weight)
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(x, weight, bias, target, statistics)
 
@@ -88,6 +90,8 @@ class _VocabSliceLosses(Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         op = torch.ops.patchkernels.linear_low_memory_backward
         grads = op(grad, *ctx.saved_tensors, ctx.needs, ctx.slice_bytes, ctx.backend, *ctx.options)
+        if ctx.tied:
+            mark_owned(grads[1])
         return *(g if needed else None for g, needed in zip(grads, ctx.needs)), *(None,) * 5
 
 

@@ -23,8 +23,9 @@ from patchkernels.numerics import (
     inverse_counts,
 )
 from patchkernels.ops.backend import choose_backend, implementation
-from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped, transforms
+from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, is_mapped
 from patchkernels.ops.registration import fake, operator
+from patchkernels.ops.tied import is_owned, mark_tied
 from patchkernels.ops.vocab_shard import VocabShard, as_replicated, replicated, sum_, vocab_shard
 
 
@@ -51,9 +52,9 @@ def patch_embedding(
         patch_size: K, at least 1. At K = 1 this is ``F.embedding``, bit for bit, padding row included.
         padding_idx: tokens with this id are left out of the mean, as in ``F.embedding_bag``, and have no gradient;
             for K > 1 a patch of nothing but padding is zero.
-        return_weight: returns ``(out, weight)``, where the second is for a head that shares the table, and for nothing
-            else. In the backward the gradients of ``out`` are added to the head's gradient in its own memory, instead
-            of becoming a second ``(V, D)`` matrix that is then added to the first.
+        return_weight: returns ``(out, weight)``. Where the second is given to :func:`linear_patch_cross_entropy` as its
+            head, the gradients of ``out`` are added to the head's gradient in its own memory, instead of becoming a
+            second ``(V, D)`` matrix that is then added to the first. A hook on it must not keep its gradient.
         backend: ``"auto"``, ``"triton"`` or ``"eager"``.
 
     Returns:
@@ -90,7 +91,8 @@ def patch_embedding(
         )
         return (out, weight) if return_weight else out
     if return_weight:
-        return _TiedPatchEmbedding.apply(patches, local, padding_idx, backend)
+        out, tied = _TiedPatchEmbedding.apply(patches, local, padding_idx, backend)
+        return out, mark_tied(tied)
     return _PatchEmbedding.apply(patches, local, padding_idx, backend)
 
 
@@ -145,23 +147,14 @@ class _TiedPatchEmbedding(Function):
     def backward(ctx: Any, grad: Tensor | None, head_grad: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         if grad is None:
             return None, head_grad, None, None
-        if head_grad is None or not _can_be_added_to(head_grad, grad):
-            own = torch.ops.patchkernels.patch_embedding_backward(
-                grad, *ctx.saved_tensors, ctx.vocab, ctx.padding_idx, ctx.backend
-            )
+        ops, (ids,) = torch.ops.patchkernels, ctx.saved_tensors
+        if head_grad is not None and torch.compiler.is_compiling():
+            head_grad = head_grad.clone(memory_format=torch.contiguous_format)  # left out where it is not needed
+        elif head_grad is None or not is_owned(head_grad) or is_mapped(grad):
+            own = ops.patch_embedding_backward(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend)
             return None, own if head_grad is None else own + head_grad, None, None
-        torch.ops.patchkernels.patch_embedding_add_gradient_(
-            head_grad, grad, *ctx.saved_tensors, ctx.padding_idx, ctx.backend
-        )
+        ops.patch_embedding_add_gradient_(head_grad, grad, ids, ctx.padding_idx, ctx.backend)
         return None, head_grad, None, None
-
-
-def _can_be_added_to(head_grad: Tensor, grad: Tensor) -> bool:
-    """Whether this is contiguous memory of its own, which is not known in transforms and for gradients of gradients."""
-    if torch.compiler.is_compiling():
-        return True
-    known = not (head_grad.requires_grad or transforms() or is_mapped(head_grad) or is_mapped(grad))
-    return known and head_grad.is_contiguous()
 
 
 class _ShardedPatchEmbedding(Function):

@@ -112,6 +112,30 @@ def test_soft_caps_of_every_size(form, dtype, softcap):
         assert relative_error(value, expected) < (2e-2 if dtype == torch.bfloat16 else 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", [33, 40, 129])
+@pytest.mark.parametrize("softcap", [3.0, 1000.0])
+def test_a_soft_cap_sees_nothing_of_the_padding(dtype, vocab, softcap):
+    """Rows end before an aligned address, and what follows may be read."""
+    padded = torch.full((4, 144), torch.nan, device=DEVICE, dtype=dtype)
+    padded[:, :vocab] = normal(4, vocab)
+    target = targets(4, 2, vocab)
+    results = []
+    for logits in (padded[:, :vocab], padded[:, :vocab].contiguous()):
+        logits.requires_grad_()
+        losses = patch_cross_entropy(logits, target, softcap=softcap, reduction="none", backend="triton")
+        results.append((losses, *torch.autograd.grad(losses.sum(), logits)))
+    torch.testing.assert_close(*results)
+    assert not any(t.isnan().any() for t in results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_rows_at_all(dtype):
+    logits = torch.zeros(0, 7, dtype=dtype, device=DEVICE, requires_grad=True)
+    patch_cross_entropy(logits, torch.zeros(0, 2, dtype=torch.long, device=DEVICE), reduction="sum").backward()
+    assert logits.grad.shape == (0, 7)
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_many_targets_with_a_strong_z_loss_do_not_overflow_in_fp16(memory):
     """Their weights add up in a row's gradient, which is multiplied by ``1 + 2 z_loss_weight lse``."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import patchkernels  # noqa: F401  (registers the operators)
-from patchkernels import linear_patch_cross_entropy, next_patch_targets, patch_cross_entropy, patch_embedding
+from patchkernels import (
+    PatchLM,
+    PatchLMConfig,
+    linear_patch_cross_entropy,
+    next_patch_targets,
+    patch_cross_entropy,
+    patch_embedding,
+)
 from patchkernels.ops.linear_buffers import chunk_rows
 from patchkernels.ops.linear_patch_cross_entropy import MEMORIES, _Call
 from patchkernels.ops.linear_vocab_slices import slice_columns
@@ -348,3 +358,17 @@ def test_slices_stay_within_the_byte_budget_where_16_classes_do():
                 assert columns == min(16, vocab) or columns * column_bytes <= budget
                 assert columns == vocab or columns % 16 == 0
                 assert 1 <= columns <= vocab
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_can_be_exported(strict):
+    """The operators are then called with parameters that require grad."""
+    model, ids = PatchLM(PatchLMConfig(30, 8, 16, 1, 2, tie_word_embeddings=True)), torch.randint(0, 30, (2, 8))
+    exported = torch.export.export(model, (ids, ids, 2), strict=strict).module()
+    torch.testing.assert_close(exported(ids, ids, 2), model(ids, ids, 2))
+
+
+def test_modules_of_operators_can_be_reloaded():
+    module = importlib.reload(sys.modules["patchkernels.ops.patch_embedding"])
+    ids, table = torch.tensor([[1, 2]]), torch.randn(4, 3)
+    torch.testing.assert_close(module.patch_embedding(ids, table, 2), table[1:3].mean(0, keepdim=True)[None])

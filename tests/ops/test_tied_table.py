@@ -86,6 +86,15 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("options", [{"reduction": "sum"}, {"reduction": "none"}, {"memory": "low"}])
+def test_every_loss_shares_its_gradient(options):
+    loss = tied(ids_of(4, 8), table_of().requires_grad_(), **options).sum()
+    with Operations() as operations:
+        loss.backward()
+    assert "patchkernels::patch_embedding_add_gradient_" in operations.names
+    assert "patchkernels::patch_embedding_backward" not in operations.names
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_tokens_gradients_are_added_to_the_heads(autocast):
     ids, weight = ids_of(4, 8), table_of().requires_grad_()
@@ -116,6 +125,57 @@ def test_a_gradient_that_is_not_the_heads_own_memory_is_left_alone():
         (gradient,) = torch.autograd.grad(out.sum() + use(table), weight)
         plain = torch.autograd.grad(reference.patch_embedding(ids, weight, SLOTS).sum() + weight.sum(), weight)
         torch.testing.assert_close(gradient, plain[0])
+
+
+HEADS = {
+    "a sum": lambda x, table, delta: linear_patch_cross_entropy(x, table + delta, TARGET),
+    "a sum, added before": lambda x, table, delta: linear_patch_cross_entropy(x, delta + table, TARGET),
+    "two heads": lambda x, table, delta: (
+        linear_patch_cross_entropy(x, table, TARGET) + linear_patch_cross_entropy(x, table, TARGET + 1)
+    ),
+    "a product": lambda x, table, delta: torch.einsum("bpd,vd->bpv", x, table).square().sum(),
+    "a transposed table": lambda x, table, delta: (table.T * torch.arange(VOCAB, device=DEVICE)).sum() + x.sum(),
+    "an expanded gradient": lambda x, table, delta: x.sum() + table.sum(),
+}
+TARGET = torch.arange(6, device=DEVICE).view(2, 3)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_that_others_have_too_are_left_alone(head, compiled, backend):
+    ids, weight, delta = ids_of(2, 6), table_of(), table_of()
+
+    def loss(lookup, weight, low_rank):
+        grown = low_rank @ torch.eye(HIDDEN, device=DEVICE)  # its gradient is that of the head's weight
+        return HEADS[head](*lookup(weight), grown)
+
+    def ours(weight, low_rank):
+        return loss(lambda w: patch_embedding(ids, w, SLOTS, return_weight=True, backend=backend), weight, low_rank)
+
+    def plain(weight, low_rank):
+        return loss(lambda w: (reference.patch_embedding(ids, w, SLOTS), w), weight, low_rank)
+
+    results = []
+    for function in (torch.compile(ours, backend="aot_eager") if compiled else ours, plain):
+        leaves = [t.clone().requires_grad_() for t in (weight, delta)]
+        results.append(torch.autograd.grad(function(*leaves), leaves, allow_unused=True))
+    torch.testing.assert_close(*results)
+
+
+def test_other_heads_and_hooks_see_what_they_always_saw():
+    config = PatchLMConfig(VOCAB, HIDDEN, 16, 1, 2, tie_word_embeddings=True)
+    model, ids, seen = PatchLM(config), ids_of(2, 8).cpu(), []
+    model(ids, ids, SLOTS).backward()
+    expected = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(ids, ids, SLOTS).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected)
+    head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    head.weight, model.lm_head = model.lm_head.weight, head
+    assert model(ids, patch_size=SLOTS).shape == (2, 4, VOCAB)
+    assert seen == 2 * [(2, 4, HIDDEN)]
 
 
 def test_transforms_and_gradients_of_gradients():

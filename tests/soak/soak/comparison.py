@@ -70,6 +70,11 @@ def units(problem: Problem, case: Any) -> tuple[float, float]:
     return stored, summed
 
 
+def tanh_error(case: Any, dtype: torch.dtype) -> float:
+    """What the operators say of the soft cap's ``tanh`` for 16-bit logits with Triton; elsewhere it is rounded once."""
+    return 1e-6 if case.backend == "triton" and torch.finfo(dtype).bits == 16 else 0.0
+
+
 def margins(problem: Problem, case: Any, ours: Outputs) -> dict[str, Margin]:
     """For each of our results how its error compares with the allowed one; above 1 it fails."""
     stored, summed = units(problem, case)
@@ -83,7 +88,8 @@ def margins(problem: Problem, case: Any, ours: Outputs) -> dict[str, Margin]:
     def samples(begin: int, end: int) -> Iterator[Outputs]:
         for i in range(begin, end):
             # Errors of equal rows add up if they are alike, and those of opposite rows if they are not.
-            yield simulated(Arithmetic(stored, smallest, summed, generator(case.seed + i), rows_alike=i % 2 == 0))
+            alike, tanh = i % 2 == 0, tanh_error(case, problem.dtype)
+            yield simulated(Arithmetic(stored, smallest, summed, generator(case.seed + i), alike, tanh))
 
     expected = simulated(EXACT)
     plain = results(case, problem.leaves, problem.plain)

@@ -25,9 +25,10 @@ class Arithmetic:
         summed: float = 0.0,  # of a rounding to the dtype of sums
         random: torch.Generator | None = None,  # None: no errors
         rows_alike: bool = False,  # the errors are the same in all rows
+        tanh: float = 0.0,  # the absolute error of tanh
     ) -> None:
         self.stored, self.summed, self._smallest, self._random = stored, summed, smallest, random
-        self._rows_alike = rows_alike
+        self._rows_alike, self._tanh = rows_alike, tanh
         self._largest_upstream = 1.0
 
     def factor(self, x: Tensor, size: float) -> Tensor:
@@ -64,6 +65,10 @@ class Arithmetic:
         """The exponential; values below the normal range may become 0."""
         exponential: Tensor = _Exp.apply(x, self)
         return exponential
+
+    def tanh(self, x: Tensor) -> Tensor:
+        t = torch.tanh(x)
+        return t if self._random is None else self.round(t) + self.factor(t, self._tanh)
 
     def sum(self, x: Tensor, dim: int) -> Tensor:
         """The sum, rounded after each term."""
@@ -167,7 +172,7 @@ class _Tanh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arithmetic: Arithmetic) -> Tensor:
-        t = arithmetic.round(torch.tanh(x))
+        t = arithmetic.tanh(x)
         ctx.save_for_backward(t)
         return t
 
