@@ -39,7 +39,8 @@ def result(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cases(result) -> dict[tuple[str, str, str], dict]:
     benchmarks = json.loads(result.read_text())["benchmarks"]
-    found = {tuple(b["extra_info"][k] for k in ("operator", "case", "contender")): b for b in benchmarks}
+    key = "{operator}|{case}, {dtype}|{contender}".format_map
+    found = {tuple(key(b["extra_info"]).split("|")): b for b in benchmarks}
     assert len(found) == len(benchmarks)
     return found
 
@@ -65,7 +66,7 @@ def test_every_case_records_device_times_and_comparisons(cases):
         assert rate > 0 or key[0] == "training loop"
         if "training" not in key[0]:
             assert info["share_of_floor"] > 0
-            assert max(info["relative_errors"]) < 1e-4
+            assert max(info["relative_errors"]) < (1e-4 if info["dtype"] == "float32" else 2e-2)
 
 
 def test_the_report_shows_every_contender_and_draws_every_figure(result, cases):
