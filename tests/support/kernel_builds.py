@@ -53,6 +53,7 @@ PATCH_EMBEDDING = {
     "layout": LAYOUTS,
     "ids": (torch.int64, torch.int32),
     "begin": (0, 1),
+    "total": (None, "of its dtype", "fp32"),  # to which the gradient is added
 }
 
 
@@ -162,15 +163,17 @@ def _launch_cross_entropy(
 
 def launch_patch_embedding(
     dtype: torch.dtype, hidden: int, slots: int, vocab: int, padding_idx: int | None, layout: str, ids: torch.dtype,
-    begin: int,
+    begin: int, total: str | None,
 ) -> None:  # fmt: skip
-    """Forward, and backwards of so many tokens that whole blocks are summed."""
+    """Forward, and a backward of so many tokens that whole blocks are summed."""
     numbers = zeros(patch_embedding.BLOCK_T, slots, dtype=ids, begin=begin)
     patch_embedding.forward(numbers, rows_of(vocab, hidden, dtype, layout), padding_idx)
     grad = rows_of(len(numbers), hidden, dtype, layout)
-    total = patch_embedding.backward(grad, numbers, vocab, padding_idx)
-    for head_dtype in (dtype, torch.float32):
-        patch_embedding.add_gradient_(total.to(head_dtype), grad, numbers, padding_idx)
+    if total is None:
+        patch_embedding.backward(grad, numbers, vocab, padding_idx)
+    else:
+        given = zeros(vocab, hidden, dtype=torch.float32 if total == "fp32" else dtype)
+        patch_embedding.add_gradient_(given, grad, numbers, padding_idx)
 
 
 def launch_scaling(dtype: torch.dtype, result: torch.dtype, elements: int, in_place: bool, begin: int) -> None:
