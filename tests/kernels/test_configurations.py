@@ -41,7 +41,7 @@ STRENGTH = int(os.environ.get("BUILDS_STRENGTH", "2"))  # how many facts at a ti
 # stack on sm_100. What the backward of patch embedding keeps for an id may be written there too, for a table of one row.
 MOST_SPILLED = {"patch_cross_entropy_kernel": 32, "patch_embedding_backward_kernel": 16}
 if triton.__version__.startswith("3.9."):
-    MOST_SPILLED["patch_embedding_kernel"] = 40
+    MOST_SPILLED |= {"patch_embedding_kernel": 48, "patch_embedding_backward_kernel": 24}
 KERNELS = (
     "patch_cross_entropy_kernel",
     "slice_statistics_kernel",
@@ -186,7 +186,7 @@ def test_aligned_rows_move_in_16_byte_vectors():
     with driver_for(90) as driver:
         plain = (0.0, None, "dense", torch.int64, -100, 0, "few")
         launch_cross_entropy(torch.bfloat16, 128256, 4, "both in place", *plain)
-        launch_patch_embedding(torch.bfloat16, 4096, 4, 16, None, "dense", torch.int64, begin=0)
+        launch_patch_embedding(torch.bfloat16, 4096, 4, 16, None, "dense", torch.int64, begin=0, total=None)
     for compiled in driver.compiled:
         assert re.search(r"ld\.global[.\w:]*\.v4\.b32", compiled.ptx), compiled.name
         assert re.search(r"st\.global[.\w:]*\.v4\.b32", compiled.ptx), compiled.name
