@@ -38,7 +38,7 @@ STRENGTH = int(os.environ.get("BUILDS_STRENGTH", "2"))  # how many facts at a ti
 # Bytes of stack a thread, outside of innermost loops. What cross entropy keeps while it walks through a row, for its
 # targets and for the next row, may be written to the stack before and read after, where ptxas would rather have room
 # for another warp. Triton 3.9 writes some of eight rows on odd addresses, further apart than 32 bits can say, to the
-# stack on sm_100. What the backward of patch embedding keeps for an id may be written there too, for a table of one row.
+# stack on sm_100. So may be what the backward of patch embedding keeps for an id, if the table has one row.
 MOST_SPILLED = {"patch_cross_entropy_kernel": 32, "patch_embedding_backward_kernel": 16}
 if triton.__version__.startswith("3.9."):
     MOST_SPILLED |= {"patch_embedding_kernel": 48, "patch_embedding_backward_kernel": 24}
