@@ -45,7 +45,7 @@ class PatchEmbedding(nn.Embedding):
         """``patch_size`` overrides the module's for this call.
 
         ``return_weight`` gives ``(out, weight)``. The second is for a tied :class:`PatchLMHead`, as its argument
-        ``weight``, and for nothing else: :func:`patch_embedding` says why.
+        ``weight``: :func:`patch_embedding` says why.
         """
         size = self.patch_size if patch_size is None else patch_size
         return patch_embedding(input_ids, self.weight, size, padding_idx=self.padding_idx, return_weight=return_weight)

@@ -57,8 +57,8 @@ transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 class Function(torch.autograd.Function):
     """An ``autograd.Function`` all of whose arguments are given in a call, by position.
 
-    Torch's own ``apply`` binds them to the signature of the forward, which takes some microseconds. Outside of
-    compilers and transforms this one does only what else torch's does.
+    Torch's own ``apply`` binds them to the signature of the forward, which takes some microseconds. This one leaves
+    that out, and calls torch's where compilers and transforms of ``torch.func`` look for it.
     """
 
     @classmethod
