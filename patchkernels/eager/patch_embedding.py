@@ -5,6 +5,8 @@ out[p] = (1/K) sum_k weight[ids[p, k]],      dW[v] = (1/K) sum over occurrences 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,13 +34,20 @@ def forward(
         if patch_size == 1:
             out = F.embedding(ids[:, 0], weight)
         elif exact or weight.dtype == accumulation_dtype(weight.dtype):
-            out = F.embedding_bag(ids.long(), weight, mode="mean", padding_idx=padding_idx)
+            out = _embedding_bag_mean(ids.long(), weight, padding_idx)
         else:
             out = _mean_in_fp32(ids, weight, padding_idx)
     except (IndexError, RuntimeError):  # both functions of torch check the ids, but do not say which is wrong
         check_ids(ids, vocab)
         raise
     return out if bad is None else out.masked_fill_(bad, torch.nan)
+
+
+def _embedding_bag_mean(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:  # (N, D)
+    """``F.embedding_bag(ids, weight, mode="mean")`` without its checks, which take as long as a small lookup."""
+    first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)  # of each patch
+    mean, include_last = 1, False
+    return torch.embedding_bag(weight, ids.reshape(-1), first, False, mean, False, None, include_last, padding_idx)[0]
 
 
 def _mean_in_fp32(ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:  # (N, D), 16 bits
@@ -60,7 +69,8 @@ def backward(
     dtype = accumulation_dtype(grad.dtype)
     if grad.dtype != dtype and grad.device.type == "cpu":
         total = grad.new_zeros(vocab, grad.shape[1])
-        _add_segments_(total, grad, ids, padding_idx)
+        for rows, sums in _sums_of_rows(grad, ids, vocab, padding_idx):
+            total.index_copy_(0, rows, sums.to(total.dtype))
         return total
     total = torch.zeros(vocab, grad.shape[1], dtype=dtype, device=grad.device)
     _add_slots_(total, grad, ids, padding_idx)
@@ -77,7 +87,8 @@ def add_gradient_(
     if total.dtype == accumulation_dtype(total.dtype):
         _add_slots_(total, grad, ids, padding_idx)
     elif total.device.type == "cpu":
-        _add_segments_(total, grad, ids, padding_idx)
+        for rows, sums in _sums_of_rows(grad, ids, len(total), padding_idx):
+            total.index_copy_(0, rows, sums.add_(total.index_select(0, rows)).to(total.dtype))
     else:
         total += backward(grad.to(torch.float32), ids, len(total), padding_idx)
 
@@ -85,29 +96,37 @@ def add_gradient_(
 def _add_slots_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
     """Slot by slot, in the dtype of ``total``."""
     kept = None if padding_idx is None else total[padding_idx].clone()
-    scaled = _scaled(grad, ids, padding_idx, total.dtype)
+    source, patch_size = grad.to(total.dtype), ids.shape[1]
+    if padding_idx is not None and patch_size > 1:
+        source = source * inverse_counts(ids, padding_idx, total.dtype).unsqueeze(1)
+    alpha = 1 / patch_size if padding_idx is None else 1
     for slot in ids.clamp(0, len(total) - 1).T:
-        total.index_add_(0, slot, scaled)
+        total.index_add_(0, slot, source, alpha=alpha)
     if kept is not None:
         total[padding_idx] = kept
 
 
-def _add_segments_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
-    """In fp32, without a matrix like ``total`` in fp32: a block of ids at a time, whose tokens follow one another."""
+def _sums_of_rows(
+    grad: Tensor,  # (N, D)
+    ids: Tensor,  # (N, K)
+    vocab: int,
+    padding_idx: int | None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # rows (R), sums (R, D) in fp32
+    """The gradient of the rows of the table that have one, some at a time, so that no fp32 copy of it is needed."""
     if not grad.numel():
         return
-    scaled, vocab = _scaled(grad, ids, padding_idx, torch.float32), len(total)
-    flat = ids.reshape(-1)
+    flat, patch_size = ids.reshape(-1), ids.shape[1]
+    scaled = grad.to(torch.float32)
+    if patch_size > 1:
+        scaled = scaled * inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)
     ordered, order = (flat if padding_idx is None else flat.masked_fill(flat == padding_idx, vocab)).sort(stable=True)
-    patches, first = order // ids.shape[1], torch.searchsorted(ordered, torch.arange(vocab + 1))
-    block = max(1, BLOCK_BYTES // (4 * grad.shape[1]))
-    for start in range(0, vocab, block):
-        edges, rows = first[start : start + block + 1], total[start : start + block]
-        begin, end = edges[0].item(), edges[-1].item()
-        if begin < end:
-            rows.copy_(F.embedding_bag(patches[begin:end], scaled, edges[:-1] - begin, mode="sum").add_(rows))
-
-
-def _scaled(grad: Tensor, ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> Tensor:  # (N, D)
-    scaled = grad.to(dtype)
-    return scaled if ids.shape[1] == 1 else scaled * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)
+    found, counts = torch.unique_consecutive(ordered, return_counts=True)
+    found = found[: len(found) - int(found[-1] == vocab)].long()  # without padding
+    patches, edges = order // patch_size, F.pad(counts.cumsum(0), (1, 0))
+    block, add = max(1, BLOCK_BYTES // (4 * grad.shape[1])), 0
+    for start in range(0, len(found), block):
+        rows = found[start : start + block]
+        first = edges[start : start + len(rows) + 1]
+        begin, end = int(first[0]), int(first[-1])
+        first = first[:-1] - begin
+        yield rows, torch.embedding_bag(scaled, patches[begin:end], first, False, add, False, None, False)[0]

@@ -27,6 +27,8 @@ def check_transforms(operator: str, *tensors: Tensor | None) -> None:
         if transforms():
             raise NotImplementedError(f"{operator} is not compiled in transforms of torch.func")
         return
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
     vmap = "Vmap" in transforms()
     tangents = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     if vmap or tangents:
@@ -58,13 +60,16 @@ class Function(torch.autograd.Function):
     """An ``autograd.Function`` all of whose arguments are given in a call, by position.
 
     Torch's own ``apply`` binds them to the signature of the forward, which takes some microseconds. This one leaves
-    that out, and calls torch's where compilers and transforms of ``torch.func`` look for it.
+    that out, and calls torch's where compilers and transforms of ``torch.func`` look for it. Where no gradient is
+    asked for, it is the forward alone.
     """
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
+        if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)):
+            return cls.forward(*arguments)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
 
 

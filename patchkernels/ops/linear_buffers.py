@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Body = TypeVar("Body", bound=Callable[..., Any])
 
 # Bytes of logits that are held at a time. Where all fit, the head's gradient is one product. Else it is a sum in fp32,
 # which is read and written once for every chunk of rows. A loss without gradients has no such sum: smaller chunks.
@@ -23,7 +25,7 @@ LOGITS_BYTES = {"cuda": 2**31, "cpu": 2**26}
 LOGITS_BYTES_LOSS_ONLY = {"cuda": 2**28, "cpu": 2**26}
 
 
-def without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(body: Body) -> Body:
     """The body of an operator, with autocast switched off.
 
     An operator runs under the caller's autocast, which would turn its fp32 sums into 16 bits.
@@ -36,7 +38,7 @@ def without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             return body(*arguments)
 
-    return run
+    return cast(Body, run)
 
 
 def known_to_be_true(condition: Any) -> bool:

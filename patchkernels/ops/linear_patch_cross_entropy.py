@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import patchkernels.ops.linear_row_chunks  # noqa: F401  # registers its operators
 from patchkernels.numerics import IGNORE_INDEX, LossOptions, check_float_dtype
 from patchkernels.ops.backend import choose_backend
 from patchkernels.ops.derivatives import Function, check_transforms, first_derivative_only, transforms
@@ -25,6 +24,7 @@ from patchkernels.ops.linear_buffers import (
     known_to_be_true,
     power_of_two_scale,
 )
+from patchkernels.ops.linear_row_chunks import linear_gradients, linear_loss, linear_losses
 from patchkernels.ops.linear_vocab_slices import vocab_slice_losses
 from patchkernels.ops.targets import as_rows, check_loss_arguments, check_target_weight, reduce_losses, weigh_rows
 from patchkernels.ops.tied import is_tied, mark_owned
@@ -190,8 +190,7 @@ class _Call(NamedTuple):
         return known_to_be_true(len(x) * columns * dtype.itemsize <= self.logits_bytes)
 
     def loss(self, *arguments: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = torch.ops.patchkernels.linear_loss(*arguments, *self.settings)
-        return results
+        return linear_loss(*arguments, *self.settings)
 
     def losses_and_gradients(
         self,
@@ -201,9 +200,7 @@ class _Call(NamedTuple):
         target: Tensor,  # (N, K)
         c: Tensor | None,  # (N, K), dL/dl; None: the losses alone
     ) -> tuple[Tensor, ...]:  # l, dx, dW, db
-        op = torch.ops.patchkernels.linear_losses
-        results: tuple[Tensor, ...] = op(x, weight, bias, target, c, self.needs, *self.settings)
-        return results
+        return linear_losses(x, weight, bias, target, c, self.needs, *self.settings)
 
 
 def _scalar_loss(
@@ -257,9 +254,7 @@ class _LinearLoss(Function):
         if grad is None:
             return (None,) * 12
         call, kept = ctx.call, ctx.saved_tensors[:7]
-        gradients = torch.ops.patchkernels.linear_gradients(
-            grad, *kept, call.needs, call.shard.group, call.backend, *ctx.dtypes
-        )
+        gradients = linear_gradients(grad, *kept, call.needs, call.shard.group, call.backend, *ctx.dtypes)
         if ctx.tied:
             mark_owned(gradients[1])
         return *(g if needed else None for g, needed in zip(gradients, call.needs)), *(None,) * 9
@@ -287,11 +282,10 @@ class _LinearLosses(Function):
         x, weight, bias, target = ctx.saved_tensors
         call = ctx.call
         scale, c = power_of_two_scale(grad)
-        _, *sums = call.losses_and_gradients(x, weight, bias, target, c)
+        _, dx, dw, db = call.losses_and_gradients(x, weight, bias, target, c)
         no_scale, no_dlogits = scale.new_empty(0), x.new_empty(0)
         settings = (call.needs, call.shard.group, call.backend, *[x.dtype] * 3)
-        op = torch.ops.patchkernels.linear_gradients
-        gradients = op(scale, no_scale, no_dlogits, *sums, None, None, *settings)
+        gradients = linear_gradients(scale, no_scale, no_dlogits, dx, dw, db, None, None, *settings)
         if ctx.tied:
             mark_owned(gradients[1])
         return *(g if needed else None for g, needed in zip(gradients, call.needs)), None, None

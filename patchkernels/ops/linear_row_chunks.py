@@ -46,7 +46,7 @@ def rows_of_a_chunk(x: Tensor, weight: Tensor, shard: VocabShard, logits_bytes: 
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 @without_autocast
-def _losses(
+def linear_losses(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V)
@@ -65,7 +65,7 @@ def _losses(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 @without_autocast
-def _loss(
+def linear_loss(
     x: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V)
@@ -184,7 +184,7 @@ def _(
     "ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)"
 )
 @without_autocast
-def _gradients(
+def linear_gradients(
     upstream: Tensor,  # ()
     scale: Tensor,  # () in fp16, else empty
     dlogits: Tensor,  # (N, V) if they were kept, else dx, dw and db

@@ -73,9 +73,7 @@ class _VocabSliceLosses(Function):
         slice_bytes: int,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        op = torch.ops.patchkernels.linear_low_memory
-        losses, statistics = op(x, weight, bias, target, slice_bytes, backend, *options)
-        return losses, statistics
+        return _forward(x, weight, bias, target, slice_bytes, backend, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,8 +86,7 @@ class _VocabSliceLosses(Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        op = torch.ops.patchkernels.linear_low_memory_backward
-        grads = op(grad, *ctx.saved_tensors, ctx.needs, ctx.slice_bytes, ctx.backend, *ctx.options)
+        grads = _backward(grad, *ctx.saved_tensors, ctx.needs, ctx.slice_bytes, ctx.backend, *ctx.options)
         if ctx.tied:
             mark_owned(grads[1])
         return *(g if needed else None for g, needed in zip(grads, ctx.needs)), *(None,) * 5

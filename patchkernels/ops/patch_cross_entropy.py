@@ -113,9 +113,7 @@ class _ReducedCrossEntropy(Function):
         options: LossOptions,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        op = torch.ops.patchkernels.patch_cross_entropy_reduced
-        results: tuple[Tensor, ...] = op(logits, target, target_weight, reduction, every_loss, backend, *options)
-        return results
+        return _reduced(logits, target, target_weight, reduction, every_loss, backend, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,10 +129,9 @@ class _ReducedCrossEntropy(Function):
         if grad is None:
             return (None,) * 7
         dlogits, _ = ctx.saved_tensors
-        ops = torch.ops.patchkernels
         if is_mapped(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
-            return ops.scaled(dlogits, grad, ctx.backend), *(None,) * 6
-        ops.scale_(dlogits, grad, ctx.backend)
+            return _scaled(dlogits, grad, ctx.backend), *(None,) * 6
+        _scale_(dlogits, grad, ctx.backend)
         return dlogits, *(None,) * 6
 
 
@@ -143,8 +140,7 @@ class _PatchCrossEntropy(Function):
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, options: LossOptions, backend: str) -> tuple[Tensor, Tensor]:
-        losses, statistics = torch.ops.patchkernels.patch_cross_entropy(logits, target, backend, *options)
-        return losses, statistics
+        return _forward(logits, target, backend, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, LossOptions, str], output: tuple[Tensor, Tensor]) -> None:
@@ -156,8 +152,7 @@ class _PatchCrossEntropy(Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        op = torch.ops.patchkernels.patch_cross_entropy_backward
-        return op(grad, *ctx.saved_tensors, ctx.backend, *ctx.options), None, None, None
+        return _backward(grad, *ctx.saved_tensors, ctx.backend, *ctx.options), None, None, None
 
 
 @operator(f"patch_cross_entropy(Tensor logits, Tensor target, str backend, {LOSS_OPTIONS}) -> (Tensor, Tensor)")

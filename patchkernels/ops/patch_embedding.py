@@ -113,8 +113,7 @@ class _PatchEmbedding(Function):
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, backend: str) -> Tensor:
-        out: Tensor = torch.ops.patchkernels.patch_embedding(ids, weight, padding_idx, backend)
-        return out
+        return _forward(ids, weight, padding_idx, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, str], output: Tensor) -> None:
@@ -126,8 +125,7 @@ class _PatchEmbedding(Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        op = torch.ops.patchkernels.patch_embedding_backward
-        return None, op(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend), None, None
+        return None, _backward(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend), None, None
 
 
 class _TiedPatchEmbedding(Function):
@@ -147,13 +145,13 @@ class _TiedPatchEmbedding(Function):
     def backward(ctx: Any, grad: Tensor | None, head_grad: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         if grad is None:
             return None, head_grad, None, None
-        ops, (ids,) = torch.ops.patchkernels, ctx.saved_tensors
+        (ids,) = ctx.saved_tensors
         if head_grad is not None and torch.compiler.is_compiling():
             head_grad = head_grad.clone(memory_format=torch.contiguous_format)  # left out where it is not needed
         elif head_grad is None or not is_owned(head_grad) or is_mapped(grad):
-            own = ops.patch_embedding_backward(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend)
+            own = _backward(grad, ids, ctx.vocab, ctx.padding_idx, ctx.backend)
             return None, own if head_grad is None else own + head_grad, None, None
-        ops.patch_embedding_add_gradient_(head_grad, grad, ids, ctx.padding_idx, ctx.backend)
+        _add_gradient_(head_grad, grad, ids, ctx.padding_idx, ctx.backend)
         return None, head_grad, None, None
 
 
@@ -165,8 +163,7 @@ class _ShardedPatchEmbedding(Function):
 
     @staticmethod
     def forward(ids: Tensor, weight: Tensor, padding_idx: int | None, shard: VocabShard, backend: str) -> Tensor:
-        out: Tensor = torch.ops.patchkernels.embedding_vocab_parallel(ids, weight, padding_idx, *shard)
-        return out
+        return _sharded_forward(ids, weight, padding_idx, *shard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,8 +185,7 @@ class _ShardedPatchEmbedding(Function):
         scaled = grad.to(dtype)
         if ids.shape[1] > 1:
             scaled = scaled * (inside.sum(1).to(dtype) * inverse_counts(ids, ctx.padding_idx, dtype)).unsqueeze(1)
-        op = torch.ops.patchkernels.patch_embedding_backward
-        total = op(scaled, local_ids, ctx.rows + 1, ctx.rows, ctx.backend)[: ctx.rows]
+        total = _backward(scaled, local_ids, ctx.rows + 1, ctx.rows, ctx.backend)[: ctx.rows]
         return None, total.to(grad.dtype), None, None, None
 
 

@@ -7,22 +7,27 @@ derivative.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 
 NAMESPACE = "patchkernels"
 BODIES: dict[str, Callable[..., Any]] = {}  # of every operator, by its qualified name
 
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def operator(schema: str) -> Callable[[Body], Body]:
     """Makes the function under it ``torch.ops.patchkernels.<name>``, on every device.
 
+    A call of the function goes to that operator where something looks on (:func:`_is_watched`), and else to the body.
     ``schema`` begins with the name. If the first argument is changed in place, it is a ``Tensor(a!)``.
     """
 
@@ -45,9 +50,31 @@ def operator(schema: str) -> Callable[[Body], Body]:
             _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             _library.impl(name, run, "CompositeExplicitAutograd")
         BODIES[qualified] = body
-        return body
+        registered = getattr(torch.ops.patchkernels, name)
+
+        def call(*arguments: Any) -> Any:
+            return registered(*arguments) if _is_watched(arguments) else run(*arguments)
+
+        return cast(Body, functools.wraps(body)(call))
 
     return register
+
+
+def _is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether something needs the operator as one node: a compiler, a profiler, a dispatch mode or a transform.
+
+    Tensors without data need it too, and subclasses of tensors, which may have a rule of their own for it. Elsewhere
+    PyTorch's dispatcher has nothing to choose, and takes ten microseconds.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # autograd's is_grads_batched
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return True
+    return any(isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or a.is_meta) for a in arguments)
 
 
 def fake(*names: str) -> Callable[[Body], Body]:

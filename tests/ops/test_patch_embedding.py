@@ -74,6 +74,16 @@ def test_patch_size_1_is_embedding_bit_for_bit(backend, dtype):
         assert torch.equal(ours, expected) and torch.equal(ours.signbit(), expected.signbit())
 
 
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+@pytest.mark.parametrize("patch_size", [1, 3])
+def test_int32_ids(backend, dtype, patch_size):
+    ids, weight = ids_of(4, 6, vocab=11), table(11, 10, dtype).requires_grad_()
+    outs = [patch_embedding(i, weight, patch_size, backend=backend) for i in (ids, ids.int())]
+    grads = [torch.autograd.grad(out, weight, torch.ones_like(out))[0] for out in outs]
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_gradient_is_deterministic_and_fp32(backend):
     """Half of all ids are the same: a sum of some 500 equal gradients would not grow beyond 256 of them in bf16."""

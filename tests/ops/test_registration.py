@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import DEVICE, relative_error
 from torch._dynamo.testing import CompileCounter
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -305,6 +308,49 @@ def test_transforms_work_or_say_what_does(tensors, operator):
         torch.testing.assert_close(torch.compile(torch.func.grad(loss), backend="aot_eager")(leaf), expected)
         with pytest.raises(NotImplementedError, match=f"^{definition} was called under .*forward-mode"):
             torch.compile(lambda t: torch.func.jvp(loss, (t,), (t,)), backend="aot_eager")(leaf)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Named(torch.Tensor):
+    """A tensor that remembers the operators it was given to."""
+
+    names: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.names.append(func.name())
+        with no_dispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_one_node(tensors):
+    ids, embedding, head = tensors
+    plain = training_loss(ids, embedding, head)
+    plain_grads = torch.autograd.grad(plain, [embedding, head])
+    nodes = {"patch_embedding", "linear_loss", "linear_low_memory", "patch_cross_entropy_reduced"}
+    backwards = {"patch_embedding_backward", "linear_gradients", "linear_low_memory_backward", "scale_"}
+    with _Names() as mode:
+        loss = training_loss(ids, embedding, head)
+        grads = torch.autograd.grad(loss, [embedding, head])
+    with torch.profiler.profile() as profile:
+        training_loss(ids, embedding, head).backward()
+    for names in (mode.names, [event.key for event in profile.key_averages()]):
+        assert {f"patchkernels::{name}" for name in nodes | backwards} <= set(names)
+    assert torch.equal(loss, plain)
+    assert all(torch.equal(*pair) for pair in zip(grads, plain_grads))
+    with torch.no_grad():
+        out = patch_embedding(ids, embedding.detach().as_subclass(_Named), K)
+    assert _Named.names[-1] == "patchkernels::patch_embedding"
+    assert torch.equal(out, patch_embedding(ids, embedding, K))
 
 
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():
