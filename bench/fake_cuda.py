@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
@@ -95,7 +96,7 @@ class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
         enter = self._stack.enter_context
         enter(_graphs_on_cuda())
         for name in ("_exchange_device", "_maybe_exchange_device"):
-            enter(mock.patch.object(torch.cuda, name, self._exchange_device))
+            enter(mock.patch.object(torch.cuda, name, partial(self._exchange_device)))  # Dynamo wants two functions
         enter(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
         enter(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))  # autocast asks
         for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):

@@ -62,7 +62,8 @@ def line(case: Case, found: Count, rates: Sequence[Rates], seconds: float | None
     moved, least_moved = work.read + work.written, sum(w.read + w.written for w in least)
     cells = [
         case.operator, case.shape, found.contender, found.name, f"{work.launches:,}", f"{moved / 1e9:.3g}",
-        f"{moved / least_moved:.2f}" if least_moved else "", f"{found.extra / 2**20:,.0f}",
+        f"{moved / least_moved:.2f}" if least_moved else "",
+        "" if found.extra is None else f"{found.extra / 2**20:,.0f}",
     ]  # fmt: skip
     for rate in rates:
         time, floor = found.seconds(rate), sum(seconds_of(part, rate) for part in least)

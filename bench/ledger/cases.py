@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 import patchkernels
 from bench import shapes
 from bench.ledger.attention import counted_attention
+from bench.ledger.compiled import compiled_graphs, replay
 from bench.ledger.operations import Work
 from patchkernels import PatchLM, PatchLMConfig
 from patchkernels.model.cost import count_flops
@@ -133,23 +135,30 @@ def step(shape: shapes.Step, patch_size: int) -> Case:
     So the ratio is the inverse of the model FLOP utilisation. Data, logging and the learning rate are not counted.
     """
     config = PatchLMConfig.preset(shape.preset, max_position_embeddings=shape.context)
+    size = (shape.rows, shape.context * patch_size)
 
-    def make() -> Call:
+    def make(compiles: bool) -> Call:
+        ids = torch.randint(0, config.vocab_size, size, device=GPU)
+        without_data = isinstance(ids, FakeTensor)
+        graphs = compiled_step(config, size, patch_size) if compiles and without_data else []
         with torch.device(GPU):
             model = PatchLM(config)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments
-        optimizer.zero_grad(set_to_none=True)
-        ids = torch.randint(0, config.vocab_size, (shape.rows, shape.context * patch_size), device=GPU)
+        if not graphs:  # whose gradients have no place of their own
+            optimizer.zero_grad(set_to_none=True)
+        function = torch.compile(model, dynamic=False) if compiles and not without_data else model
 
         def call(backward: Backward) -> Iterator[str]:
             yield "step"
-            without_data = isinstance(ids, FakeTensor)
-            with counted_attention() if without_data else nullcontext(), torch.autocast("cuda", BF16):
-                loss = model(ids, ids, patch_size)
-            backward(loss, None)
+            if graphs:
+                replay(graphs)
+            else:
+                with counted_attention() if without_data else nullcontext(), torch.autocast("cuda", BF16):
+                    loss = function(ids, ids, patch_size)
+                backward(loss, None)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
 
@@ -159,6 +168,18 @@ def step(shape: shapes.Step, patch_size: int) -> Case:
     return Case(
         "training step",
         f"{shape.preset} K={patch_size}, {shape.rows} x {shape.context} positions",
-        {"patchkernels": make},
+        {"patchkernels": partial(make, False), "patchkernels, compiled": partial(make, True)},
         {"step": [Work(flops=flops)]},
     )
+
+
+def compiled_step(config: PatchLMConfig, size: tuple[int, int], patch_size: int) -> list[fx.GraphModule]:
+    """What ``torch.compile`` traces of a step under bf16 autocast, for :func:`bench.ledger.compiled.replay`."""
+    with (
+        _disable_current_modes(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        counted_attention(),
+        torch.autocast("cpu", BF16),
+    ):
+        model = PatchLM(config)
+        return compiled_graphs(lambda ids: model(ids, ids, patch_size), size)

@@ -45,6 +45,7 @@ class Ledger:
     """Observes a :class:`FakeCuda`."""
 
     entries: list[Entry] = field(default_factory=list)
+    knows_memory: bool = True  # but for generated kernels, whose results are not made
     _storages: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
     def operation(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -52,7 +53,9 @@ class Ledger:
             self.hold(tensor)
         work = work_of(func, args, kwargs, result)
         if work is not None:
-            self._enter(func.name().removeprefix("aten::").split(".")[0], (args, kwargs, result), work)
+            name = func.name().removeprefix("aten::").split(".")[0]
+            self.knows_memory &= name != "ledger::generated"
+            self._enter(args[1] if name == "ledger::generated" else name, (args, kwargs, result), work)
 
     def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         traffic = TRAFFIC[kernel](grid, arguments)
@@ -82,7 +85,7 @@ class Count(NamedTuple):
     contender: str
     name: str
     entries: list[Entry]
-    extra: int  # bytes that are held at most beyond inputs and results
+    extra: int | None  # bytes that are held at most beyond inputs and results; None if that is not known
 
     def seconds(self, rates: Rates) -> float:
         return sum(entry.seconds(rates) for entry in self.entries)
@@ -105,6 +108,6 @@ def count(make: Callable[[], Call], contender: str) -> list[Count]:
             results = sum(size for key, size in ledger.storages().items() if key not in before)
             peak = max(entry.held for entry in ledger.entries)
             extra = max(peak - sum(before.values()) - results, 0)
-            counts.append(Count(contender, name, list(ledger.entries), extra))
+            counts.append(Count(contender, name, list(ledger.entries), extra if ledger.knows_memory else None))
             name = following
     return counts

@@ -17,15 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from patchkernels.model.attention import (
-    PackedDocuments,
-    attention,
-    document_positions,
-    document_starts,
-    pack_documents,
-)
+from patchkernels.model.attention import PackedDocuments, attention, document_starts, pack_documents
 from patchkernels.model.config import PatchLMConfig
 from patchkernels.model.hugging_face import EMBEDDING_WEIGHT, HEAD_WEIGHT, read_folder, write_folder
+from patchkernels.model.rotary import rotary_table, rotate
 from patchkernels.nn import PatchEmbedding, PatchLMHead
 from patchkernels.ops.targets import mask_document_starts, next_patch_targets
 
@@ -198,11 +193,11 @@ class Transformer(nn.Module):
     ) -> Any:
         embedded = self.embed_tokens(input_ids, patch_size=patch_size, return_weight=return_weight)
         x, weight = embedded if return_weight else (embedded, None)  # (B, P, D), (V, D)
-        rotary = rotary_table(x, document_ids, self.config)
+        x = x.to(matmul_dtype(x.device, x.dtype))
+        rotary = rotary_table(x, document_ids, self.config.head_size, self.config.rope_theta)
         documents = None
         if document_ids is not None:
-            dtype = matmul_dtype(x.device, x.dtype)
-            documents = pack_documents(document_ids, self.config.attention, dtype, self.config.head_size)
+            documents = pack_documents(document_ids, self.config.attention, x.dtype, self.config.head_size)
         for block in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, documents, use_reentrant=False)
@@ -213,7 +208,7 @@ class Transformer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean x^2 + eps)``, the statistics in fp32 (in fp64 for fp64)."""
+    """``weight * x / sqrt(mean x^2 + eps)``, computed in fp32 (in fp64 for fp64) and rounded once."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -222,7 +217,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * F.rms_norm(wide, (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -262,8 +257,7 @@ class Attention(nn.Module):
             rearrange(projection(x), "b p (h d) -> b p h d", d=self.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Under autocast the norms' fp32 weights turn q and k into fp32, but attention needs all three in one dtype.
-        q, k = rotate(self.q_norm(q), rotary).to(v.dtype), rotate(self.k_norm(k), rotary).to(v.dtype)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         out = attention(q, k, v, documents=documents, implementation=self.attention)
         projected: Tensor = self.o_proj(rearrange(out, "b p h d -> b p (h d)"))
         return projected
@@ -289,26 +283,3 @@ def matmul_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     name = device.type
     autocast = torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name)
     return torch.get_autocast_dtype(name) if autocast and dtype != torch.float64 else dtype
-
-
-def rotary_table(x: Tensor, document_ids: Tensor | None, config: PatchLMConfig) -> tuple[Tensor, Tensor]:
-    """The factors of :func:`rotate`: cos and sin of ``position * theta^(-2i / hd)``, each ``(B or 1, P, 1, hd)``.
-
-    Sines are negative in the first half of a head. Positions restart with every document. The angles are computed in
-    fp32 and the results cast to the dtype of ``x`` (RoFormer, arXiv 2104.09864).
-    """
-    position = (
-        torch.arange(x.shape[1], device=x.device)[None] if document_ids is None else document_positions(document_ids)
-    )
-    exponent = torch.arange(0, config.head_size, 2, device=x.device).float() / config.head_size
-    angle = position[..., None].float() * (1.0 / config.rope_theta**exponent)
-    cos, sin = angle.cos(), angle.sin()
-    cos, signed_sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    return cos.unsqueeze(-2).to(x.dtype), signed_sin.unsqueeze(-2).to(x.dtype)
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, with a head's two halves as the coordinates (the layout of Hugging Face's LLaMA)."""
-    cos, signed_sin = rotary
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat([second, first], -1) * signed_sin).to(x.dtype)

@@ -110,8 +110,7 @@ def linear_patch_cross_entropy(
         check_float_dtype("linear_bias", bias)
     _check_settings(weight, bias, memory, logits_bytes, shard)
     check_target_weight(x, target, target_weight, reduction)
-    dtype = _autocast_dtype(x)
-    _check_dtypes_and_devices(x, weight, bias, dtype)
+    dtype = _dtype_of_products(x, weight, bias)
     backend = choose_backend(backend, x, dtype)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     row_targets, row_weight = as_rows(x, target, target_weight)
@@ -149,21 +148,24 @@ def _check_settings(
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of ``F.linear(x, ...)``: that of autocast if it is enabled, except for fp64."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast turns the arguments of ``F.linear(x, ...)``; None if it leaves them."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # meta has no autocast
-        return x.dtype
+        return None
     return torch.get_autocast_dtype(device)
 
 
-def _check_dtypes_and_devices(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+def _dtype_of_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """That of autocast, or else the one that all three have. Raises ``ValueError`` if they do not fit together."""
+    autocast = _autocast_dtype(x)
     for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
-        if tensor is not None and (tensor.device != x.device or (tensor.dtype != x.dtype and dtype == x.dtype)):
+        if tensor is not None and (tensor.device != x.device or (tensor.dtype != x.dtype and autocast is None)):
             raise ValueError(
                 f"{name} must have the dtype and device of input ({x.dtype} on {x.device}), "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+    return autocast or x.dtype
 
 
 class _Call(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkout import CHECKOUT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if torch.cuda.is_available():
     pytest.skip("tensors without data are for a machine without a GPU", allow_module_level=True)
@@ -17,7 +18,9 @@ from bench import shapes
 from bench.fake_cuda import FakeCuda
 from bench.ledger import __main__ as command
 from bench.ledger import cases, measured
+from bench.ledger.compiled import compiled_graphs, kernels_of
 from bench.ledger.counting import Ledger, Rates, count, seconds_of
+from patchkernels import PatchLMConfig
 from patchkernels.ops.linear_buffers import LOGITS_BYTES
 
 N, D = 6, 10
@@ -172,6 +175,55 @@ def test_a_training_step_has_all_of_its_products():
     assert attention == 7 * pairs, "2 products of half the pairs forward, 5 backward"
     assert found.total().flops - attention == case.floor["step"][0].flops - 6 * 2 * pairs
     assert {"_fused_adamw_", "_foreach_norm", "patch_embedding_backward_kernel"} <= {e.name for e in found.entries}
+
+
+def test_generated_kernels_have_the_bytes_of_what_they_read_and_write():
+    """``sum(relu(2 w))``: the forward reads w, the backward reads it again and writes its gradient."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.nn.Parameter(torch.empty(512, 1024))
+        graphs = compiled_graphs(lambda ids: (2 * weight).relu().sum() + 0 * ids.sum(), (1,))
+    with FakeCuda():
+        forward, backward = (kernels_of(graph, place > 0) for place, graph in enumerate(graphs))
+    size = 4 * 512 * 1024
+    assert [kernel.operation for kernel in (*forward, *backward)] == [None] * len((*forward, *backward))
+    assert size <= sum(k.read for k in forward) <= 1.01 * size and sum(k.written for k in forward) <= 0.01 * size
+    assert size <= sum(k.read for k in backward) <= 1.01 * size
+    assert size <= sum(k.written for k in backward) <= 1.01 * size
+
+
+def test_a_compiled_step_has_the_same_products_and_moves_less():
+    case = cases.step(shapes.Step("demo", 8, 256), 4)
+    eager, compiled = (count(make, name)[0] for name, make in case.contenders.items())
+    assert compiled.total().flops == eager.total().flops
+    assert compiled.extra is None and eager.extra > 0
+    ours = [entry.name for entry in compiled.entries if entry.name.endswith("_kernel")]
+    assert ours == [entry.name for entry in eager.entries if entry.name.endswith("_kernel")]
+    assert compiled.total().launches < 0.6 * eager.total().launches
+    optimizer = [entry.work for entry in compiled.entries if entry.name.startswith(("_foreach", "_fused"))]
+    outside = sum(work.read + work.written for work in optimizer)
+    moved, eager_moved = (sum(found.total()[:2]) - outside for found in (compiled, eager))
+    assert moved < 0.5 * eager_moved
+
+
+def test_a_compiled_layer_moves_no_more_than_it_must():
+    """In units of the layer's input, besides its products, its attention and the casts of parameters and gradients.
+
+    Forward: both norms with their residuals read 2 and write 2; the rotation reads and writes q and k; the MLP's
+    product reads two and writes one, each ``inner / hidden`` wide. Backward: a norm reads its input, the residual's
+    gradient and one for each projection (3 and 2), and writes one; the MLP reads three and writes two.
+    """
+    moved = {}
+    for layers in (1, 2):
+        config = PatchLMConfig.preset("1.3b", max_position_embeddings=512, num_hidden_layers=layers)
+        graphs = cases.compiled_step(config, (8, 512), 1)
+        with FakeCuda():
+            kernels = [k for place, graph in enumerate(graphs) for k in kernels_of(graph, place > 0)]
+        moved[layers] = sum(k.read + k.written for k in kernels if k.operation is None)
+    hidden, inner = 2048, 5504
+    casts = 2 * (2 + 4) * (4 * hidden**2 + 3 * hidden * inner)
+    units = (moved[2] - moved[1] - casts) / (2 * 8 * 512 * hidden)
+    least = 2 * 4 + 4 + 3 * inner / hidden + (3 + 3) + (3 + 2) + 4 + 5 * inner / hidden
+    assert least <= units <= 1.01 * least
 
 
 def test_the_command(capsys):

@@ -161,6 +161,18 @@ def test_attention_runs_in_autocasts_dtype(monkeypatch):
     assert seen == [{torch.bfloat16}] * 2
 
 
+def test_the_residual_stream_has_autocasts_dtype():
+    model, seen = build(qk_norm=True).float(), []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, ids)
+    model(ids, ids)
+    assert loss.dtype == torch.float32
+    assert seen == [(torch.bfloat16,) * 2] * 2 + [(torch.float32,) * 2] * 2
+
+
 PACKED = torch.tensor([[0] * 8 + [1] * 16, [3] * 20 + [7] * 4])
 
 

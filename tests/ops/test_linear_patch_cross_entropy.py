@@ -44,11 +44,18 @@ def test_fp16_gradients_of_a_mean_over_many_rows_do_not_vanish(backend, memory):
 
 
 @pytest.mark.parametrize("logits_bytes", [None, 5000])
-@pytest.mark.parametrize("parameters", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        *((dtype, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
-def test_gradients_under_autocast_for_parameters_of_any_dtype(autocast, parameters, logits_bytes):
+def test_gradients_under_autocast_for_any_dtypes(autocast, dtypes, logits_bytes):
     """With an upstream gradient as GradScaler's, by which the input alone would overflow in fp16."""
-    x, w = (normal(64, 16).to(parameters), (normal(200, 16) * 1e-3).to(parameters))
+    x, w = normal(64, 16).to(dtypes[0]), (normal(200, 16) * 1e-3).to(dtypes[1])
     target = torch.randint(0, 200, (64, 2), device=DEVICE)
     leaves = [t.clone().requires_grad_() for t in (x, w)]
     with torch.autocast(DEVICE, autocast):
@@ -57,8 +64,8 @@ def test_gradients_under_autocast_for_parameters_of_any_dtype(autocast, paramete
     gradients = torch.autograd.grad(loss, leaves, upstream)
     exact = [t.double().requires_grad_() for t in (x, w)]
     expected = torch.autograd.grad(reference.linear_patch_cross_entropy(*exact, target), exact, upstream.double())
-    for gradient, right in zip(gradients, expected):
-        assert gradient.dtype == parameters
+    for gradient, right, dtype in zip(gradients, expected, dtypes):
+        assert gradient.dtype == dtype
         assert (gradient.double() - right).norm() < 0.01 * right.norm()
 
 
