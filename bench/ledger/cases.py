@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -20,6 +20,7 @@ from bench.ledger.compiled import compiled_graphs, replay
 from bench.ledger.operations import Work
 from patchkernels import PatchLM, PatchLMConfig
 from patchkernels.model.cost import count_flops
+from patchkernels.training.update import update
 
 GPU, BF16 = torch.device("cuda"), torch.bfloat16
 Backward = Callable[[Tensor, "Tensor | None"], None]  # of a result and the gradient with respect to it
@@ -159,8 +160,7 @@ def step(shape: shapes.Step, patch_size: int) -> Case:
                 with counted_attention() if without_data else nullcontext(), torch.autocast("cuda", BF16):
                     loss = function(ids, ids, patch_size)
                 backward(loss, None)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-            optimizer.step()
+            update([optimizer], list(model.parameters()), clip=1.0)
 
         return call
 

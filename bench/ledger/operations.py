@@ -135,10 +135,12 @@ def _embedding_bag_backward(args: Any, kwargs: Any, result: Any) -> Work:
 
 
 def _adamw(args: Any, kwargs: Any, result: Any) -> Work:
-    """``_fused_adamw_``: reads parameters, gradients and both moments, and writes all but the gradients."""
+    """``_fused_adamw_``: reads parameters, gradients and both moments; writes the gradients too if it scales them."""
     parameters, gradients, first, second = args[:4]
-    written = total_bytes(parameters) + total_bytes(first) + total_bytes(second)
-    return Work(written + total_bytes(gradients), written, launches=_multi_tensor_launches(parameters))
+    updated = total_bytes(parameters) + total_bytes(first) + total_bytes(second)
+    scaled = 0 if kwargs.get("grad_scale") is None else total_bytes(gradients)
+    read, written = updated + total_bytes(gradients), updated + scaled
+    return Work(read, written, launches=_multi_tensor_launches(parameters))
 
 
 def _foreach_norm(args: Any, kwargs: Any, result: Any) -> Work:

@@ -54,7 +54,9 @@ def call_side_by_side(calls: Sequence[Call], jobs: int, threads: int, finished: 
                     process = context.Process(target=_make, args=(call.folder, call.function, arguments, threads))
                     process.start()
                     running[process.sentinel] = (process, call.folder)
-                for sentinel in multiprocessing.connection.wait(list(running), timeout=1.0):
+                ended = multiprocessing.connection.wait(list(running), timeout=1.0)
+                stop.agree(*stop.flags())
+                for sentinel in ended:
                     process, folder = running.pop(sentinel)
                     process.join()
                     if process.exitcode == 0:

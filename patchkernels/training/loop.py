@@ -60,8 +60,8 @@ def loop(
             stop_if_asked(run, display)
 
         finish(run, display)
-        if run.stop.signalled:  # the signal came too late to stop this run, so it stops the caller
-            raise Stopped(run.stop.code)
+        if run.stop.received:  # the signal came too late to stop this run, so it stops the caller
+            raise Stopped(run.stop.received)
 
 
 def take_step(run: Run, log: Log, display: Display) -> None:
@@ -70,18 +70,14 @@ def take_step(run: Run, log: Log, display: Display) -> None:
     patch_size = run.phase.patch_size
 
     with run.timed():
-        rows = read_or_save(run)
-        values = run.train_step(rows)
+        run.train_step(read_or_save(run))
 
     evaluated = is_time_to_evaluate(run)
-    logged = evaluated or run.step % run.config.log.log_every == 0
-    if logged:
-        values |= run.progress()
-    if evaluated:
-        values |= evaluate(run, patch_size)
-    if logged:
+    values = None
+    if evaluated or run.step % run.config.log.log_every == 0:
+        values = run.result() | run.progress() | (evaluate(run, patch_size) if evaluated else {})
         log.write(**values)
-    display.step(run.step, values if logged else None)
+    display.step(run.step, values)
 
 
 def read_or_save(run: Run) -> list[Rows]:

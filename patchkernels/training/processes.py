@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,26 @@ class Processes:
 
     def mean(self, *values: Tensor) -> list[float]:
         """Averages each scalar over all processes, in fp64, with one all-reduce and one copy to the host for all."""
+        return self.mean_later(*values)()
+
+    def mean_later(self, *values: Tensor) -> Callable[[], list[float]]:
+        """The same in two parts. The host waits only when the result is called, and only for what is queued here."""
         stacked = torch.stack([value.detach().double().to(self.device) for value in values])
         if self.world_size > 1:
             dist.all_reduce(stacked)
-        return [float(value) for value in (stacked / self.world_size).tolist()]
+        stacked /= self.world_size
+        if self.device.type != "cuda":
+            return stacked.tolist
+        on_host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+        on_host.copy_(stacked, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[float]:
+            copied.synchronize()
+            return on_host.tolist()
+
+        return read
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,8 +30,9 @@ from patchkernels.training.checkpoint import (
 )
 from patchkernels.training.config import LoopConfig
 from patchkernels.training.objective import Objective, synchronizing_module, unwrapped
-from patchkernels.training.processes import Processes, full_tensor, is_sharded, synchronized
+from patchkernels.training.processes import Processes, is_sharded, synchronized
 from patchkernels.training.stop import StopRequest
+from patchkernels.training.update import update
 
 
 class NonFiniteError(RuntimeError):
@@ -101,6 +102,8 @@ class Run:
         self.seconds = 0.0  # duration of all steps, without compiling, evaluation and saving
         self.compile_seconds = 0.0
         self.warm_phases: set[int] = set()
+        self.read_result: Callable[[], list[float]] | None = None  # of the last step, if that is not read yet
+        self.values: dict[str, float] = {}  # loss, gradient norm and learning rate of the last step that was read
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -169,14 +172,15 @@ class Run:
         tensors = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
         return list(zip(*([None] * count if t is None else t.chunk(count) for t in tensors)))
 
-    def train_step(self, parts: list[Rows]) -> dict[str, Any]:
-        """Forward and backward over the parts, then one update. Returns loss, gradient norm and learning rate.
+    def train_step(self, parts: list[Rows]) -> None:
+        """Forward and backward over the parts, then one update, unless the gradient is not finite.
 
         Raises:
-            NonFiniteError: the loss or the gradient norm is not finite.
+            NonFiniteError: loss or gradient are not finite: those of this step, or of the one before if the run reads
+                late.
         """
-        phase, rates = self.phase, [peak.at(self.step, self.schedule) for peak in self.peaks]
-        self.set_rates(rates)
+        phase = self.phase
+        self.set_rates([peak.at(self.step, self.schedule) for peak in self.peaks])
         total = torch.zeros((), device=self.device)
         for index, (rows, share) in enumerate(zip(parts, self.shares(parts, phase))):
             ids, labels, documents = rows
@@ -186,20 +190,39 @@ class Run:
                 loss = self.loss(ids, labels, documents, phase.patch_size) * share
                 loss.backward()
             total += loss.detach()
-        gradient_norm = full_tensor(nn.utils.clip_grad_norm_(self.trained, self.config.clip))
+        self.result()
+        gradient_norm = update(self.optimizers, self.trained, self.config.clip)
         flags = [torch.tensor(flag) for flag in self.stop.flags()]
-        mean_loss, mean_norm, signalled, late = self.processes.mean(total, gradient_norm, *flags)
-        self.stop.agree(signalled, late)
-        if not (math.isfinite(mean_loss) and math.isfinite(mean_norm)):
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss {mean_loss}, gradient norm {mean_norm}, lr {rates[0]:.3g}; stopped "
-                "before the update. The last checkpoint is from before: a smaller lr needs a new run"
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.read_result = self.processes.mean_later(total, gradient_norm, *flags)
         self.clear_gradients()
         self.step += 1
-        return {"loss": mean_loss, "grad_norm": mean_norm, "lr": rates[0]}
+        if not self.reads_late:
+            self.result()
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether the result of a step is read during the next one, so that the device always has work."""
+        return self.device.type == "cuda"
+
+    def result(self) -> dict[str, float]:
+        """Loss, gradient norm and learning rate of the last step.
+
+        Raises:
+            NonFiniteError: loss or gradient norm are not finite.
+        """
+        if self.read_result is None:
+            return self.values
+        loss, norm, signalled, late = self.read_result()
+        self.read_result = None
+        self.stop.agree(signalled, late)
+        rate = self.peaks[0].at(self.step - 1, self.schedule)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}, lr {rate:.3g}; stopped before the update. The "
+                "last checkpoint is from before: a smaller lr needs a new run"
+            )
+        self.values = {"loss": loss, "grad_norm": norm, "lr": rate}
+        return self.values
 
     def clear_gradients(self) -> None:
         """Also those of parameters that no optimizer has."""
@@ -264,7 +287,8 @@ class Run:
         return values
 
     def save(self) -> None:
-        """Writes a checkpoint, all processes together."""
+        """Writes a checkpoint, all processes together. Raises ``NonFiniteError`` as :meth:`result` does."""
+        self.result()
         state = {"identity": self.identity, "seconds": self.seconds, "compile_seconds": self.compile_seconds}
         together = self.processes.world_size > 1 or is_sharded(self.model)
         save = save_distributed if together else save_checkpoint

@@ -25,7 +25,8 @@ class StopRequest:
 
     def __init__(self, minutes: float | None) -> None:
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.code = 0  # no stop is requested yet
+        self.received = 0  # exit code for the signal that this process has received
+        self.code = 0  # that of the stop on which all processes have agreed
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -38,7 +39,7 @@ class StopRequest:
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            self.code = 128 + number
+            self.received = 128 + number
 
         previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -49,7 +50,7 @@ class StopRequest:
 
     def flags(self) -> tuple[float, float]:
         """This process's requests: the first is nonzero after a signal, the second once the deadline has passed."""
-        return float(self.code), float(time.monotonic() > self.deadline)
+        return float(self.received), float(time.monotonic() > self.deadline)
 
     def agree(self, signalled: float, late: float) -> None:
         """Sets the exit code from the flags of all processes, summed or averaged.
@@ -57,7 +58,7 @@ class StopRequest:
         A signal that only one process received, or the first clock past the deadline, thus stops all processes.
         """
         if not self.code:
-            self.code = 128 + signal.SIGTERM if signalled else OUT_OF_TIME if late else 0
+            self.code = self.received or 128 + signal.SIGTERM if signalled else OUT_OF_TIME if late else 0
 
     @property
     def signalled(self) -> bool:

@@ -21,8 +21,8 @@ from patchkernels.training.run import Run
 
 def test_what_was_trained_on_never_enters_the_comparison(config, monkeypatch):
     """The training loss of a patch phase is not comparable. A marked one in the log must not reach the results."""
-    step = Run.train_step
-    monkeypatch.setattr(Run, "train_step", lambda self, rows: step(self, rows) | {"loss": 123.456})
+    result = Run.result
+    monkeypatch.setattr(Run, "result", lambda self: result(self) | {"loss": 123.456})
     out = experiment(dataclasses.replace(config, tune=False, seeds=1))
     assert "123.456" in (out / "runs" / f"B-seed0-lr{BUDGETS['cpu'].base.optimizer.lr:.3g}" / "log.jsonl").read_text()
     assert "123.456" not in (out / "results.jsonl").read_text() + (out / "report.md").read_text()

@@ -66,7 +66,28 @@ def test_compiling_is_not_training_time(config, monkeypatch):
     assert last["compile_seconds"] >= 2.0
 
 
-def test_divergence_stops_the_run_and_the_last_checkpoint_stays(config, monkeypatch):
+def test_reading_results_late_changes_nothing_else(config, monkeypatch):
+    """As on a GPU: the log and the model are those of a run that reads each result at once."""
+    logs, models = [], []
+    for late in (False, True):
+        monkeypatch.setattr(Run, "reads_late", late)
+        out = f"{config.run.out}-{late}"
+        changed = {"run": dataclasses.replace(config.run, out=out), "log": dataclasses.replace(config.log, log_every=7)}
+        train(dataclasses.replace(config, **changed))
+        logs.append([steady(line) for line in read_log(Path(out) / "log.jsonl")])
+        models.append(load_file(Path(out) / "model/model.safetensors"))
+    assert logs[0] == logs[1]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def steady(line):
+    """The values of a line of the log that do not depend on the clock."""
+    return {name: value for name, value in line.items() if "second" not in name}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_divergence_stops_the_run_and_the_last_checkpoint_stays(config, monkeypatch, late):
+    monkeypatch.setattr(Run, "reads_late", late)
     loss = Run.loss
 
     def diverging(self, *args, **kwargs):
