@@ -99,6 +99,8 @@ class FakeCuda(contextlib.AbstractContextManager["FakeCuda"]):
             enter(mock.patch.object(torch.cuda, name, partial(self._exchange_device)))  # Dynamo wants two functions
         enter(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
         enter(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))  # autocast asks
+        foreach = "_has_foreach_support"  # clipping asks it for plain tensors
+        enter(mock.patch.object(torch.nn.utils.clip_grad, foreach, return_value=True))
         for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
             enter(mock.patch.object(owner, "synchronize", _wait))
         for module in KERNEL_MODULES:

@@ -10,6 +10,7 @@ place. With ``reduction="none"`` or ``memory="low"`` the backward computes the l
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def linear_patch_cross_entropy(
 
 
 def _check_settings(
-    weight: Tensor, bias: Tensor | None, memory: str, logits_bytes: int | None, shard: VocabShard | None
+    weight: Tensor, bias: Tensor | None, memory: str, logits_bytes: Any, shard: VocabShard | None
 ) -> None:
     if bias is not None and bias.shape != (len(weight),):
         raise ValueError(f"linear_bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
@@ -144,6 +145,8 @@ def _check_settings(
         raise ValueError(f"memory must be one of {MEMORIES}, got {memory!r}")
     if shard and memory == "low":
         raise ValueError("memory='low' is for a head that one process holds; a sharded one takes memory='default'")
+    if logits_bytes is not None and not isinstance(logits_bytes, numbers.Integral | torch.SymInt):
+        raise TypeError(f"logits_bytes must be an integer, got {logits_bytes!r}")
     if logits_bytes is not None and logits_bytes < 1:
         raise ValueError(f"logits_bytes must be positive, got {logits_bytes}")
 

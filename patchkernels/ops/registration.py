@@ -61,20 +61,27 @@ def operator(schema: str) -> Callable[[Body], Body]:
 
 
 def _is_watched(arguments: tuple[Any, ...]) -> bool:
-    """Whether something needs the operator as one node: a compiler, a profiler, a dispatch mode or a transform.
+    """Whether something needs the operator as one node: a compiler, a tracer, a profiler, a mode or a transform.
 
-    Tensors without data need it too, and subclasses of tensors, which may have a rule of their own for it. Elsewhere
-    PyTorch's dispatcher has nothing to choose, and takes ten microseconds.
+    Tensors without plain data need it too (on the meta device, zero or negated by a flag), and subclasses of tensors,
+    which may have a rule of their own for it. Elsewhere PyTorch's dispatcher has nothing to choose, and takes ten
+    microseconds. Of profilers, ``torch.profiler`` is noticed, but not an ``ExecutionTraceObserver`` by itself.
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # of torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # autograd's is_grads_batched
-        or torch._C._autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
     ):
         return True
-    return any(isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or a.is_meta) for a in arguments)
+    return not all(_is_plain(a) for a in arguments if isinstance(a, Tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, Parameter) and not (tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor())
 
 
 def fake(*names: str) -> Callable[[Body], Body]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from loss_forms import BACKENDS, check, normal, targets
@@ -162,6 +164,7 @@ def test_odd_vocabulary_and_single_rows(form, rows, vocab):
         ({"linear_bias": torch.zeros(30, dtype=torch.int64)}, TypeError, "linear_bias must be .*got torch.int64"),
         ({"target_weight": torch.ones(2, dtype=torch.cfloat)}, TypeError, "target_weight must be real"),
         ({"ignore_index": 2**63}, ValueError, f"ignore_index must be .*torch.int64, got {2**63}"),
+        ({"logits_bytes": math.inf}, TypeError, "logits_bytes must be an integer, got inf"),
         ({"target": T.int(), "ignore_index": 2**31}, ValueError, f"ignore_index must be .*torch.int32, got {2**31}"),
         ({"logits_bytes": 0}, ValueError, "got 0"),
         ({"memory": "none"}, ValueError, "'none'"),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import DEVICE, relative_error
 from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -351,6 +352,44 @@ def test_who_looks_on_sees_one_node(tensors):
         out = patch_embedding(ids, embedding.detach().as_subclass(_Named), K)
     assert _Named.names[-1] == "patchkernels::patch_embedding"
     assert torch.equal(out, patch_embedding(ids, embedding, K))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_one_node(tensors):
+    ids, embedding, _ = tensors
+    with _Functions() as mode:
+        out = patch_embedding(ids, embedding, K)
+    assert any("patchkernels.patch_embedding" in name for name in mode.names)
+    assert not any("embedding_bag" in name for name in mode.names)
+    assert torch.equal(out, patch_embedding(ids, embedding, K))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_calls_take_other_shapes(tensors):
+    ids, embedding, head = (t.detach() for t in tensors)
+    traced = torch.jit.trace(lambda ids: patch_embedding(ids, embedding, K), (ids[:1],))
+    assert torch.equal(traced(ids), patch_embedding(ids, embedding, K))
+    low = torch.jit.trace(lambda x, t: linear_patch_cross_entropy(x, head, t, memory="low"), (head[:2], ids[:, :K]))
+    x, target = torch.randn(6, 8, device=DEVICE), torch.randint(0, 30, (6, K), device=DEVICE)
+    torch.testing.assert_close(low(x, target), linear_patch_cross_entropy(x, head, target, memory="low"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_tensors_that_are_negated_or_zero_by_a_flag(backend):
+    z, target = torch.randn(3, 30, device=DEVICE), torch.randint(0, 30, (3, K), device=DEVICE)
+    for flagged in (torch._neg_view(z), torch._efficientzerotensor((3, 30), device=DEVICE)):
+        plain = flagged.resolve_neg() if flagged.is_neg() else torch.zeros_like(z)
+        ours = patch_cross_entropy(flagged, target, backend=backend)
+        assert torch.equal(ours, patch_cross_entropy(plain, target, backend=backend))
 
 
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():
