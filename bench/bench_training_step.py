@@ -20,7 +20,7 @@ from bench.conftest import device
 from bench.replay import replay
 from patchkernels import PatchLM, PatchLMConfig, next_patch_targets, reference
 from patchkernels.model.cost import count_flops
-from patchkernels.model.patch_lm import rotary_table
+from patchkernels.model.rotary import rotary_table
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 COMPILED_PATCH_SIZES = (1, 4)
@@ -190,7 +190,7 @@ def compare_parts(shape: shapes.Step) -> Comparison:
 
     def transform(x: Tensor, upstream: Tensor) -> list[Tensor]:
         with autocast(on):
-            rotary = rotary_table(x, None, config)
+            rotary = rotary_table(x, None, config.head_size, config.rope_theta)
             out = x
             for block in body.layers:
                 out = block(out, rotary, None)

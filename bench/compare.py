@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench import OURS
 from bench.measure import Function, bytes_of, interleaved, peak_extra_bytes, relative_errors
 from bench.peers import Missing
 
@@ -68,18 +69,26 @@ class Comparison:
         return {name: c.reason for name, c in self.contenders.items() if isinstance(c, Missing)}
 
     def run(self) -> Comparison:
-        """Checks every contender, then times them in turn. ``AssertionError`` if a result is wrong."""
-        running: dict[str, Any] = {n: c for n, c in self.contenders.items() if not isinstance(c, Missing)}
+        """Checks every contender, then times them in turn. One whose result is wrong counts as missing.
+
+        ``AssertionError`` if it is one of ours.
+        """
         exact = self.exact() if self.exact is not None else []
-        for name, contender in running.items():
+        for name, contender in self.contenders.items():
+            if isinstance(contender, Missing):
+                continue
             results = contender()
             self.result_bytes[name] = bytes_of(results)
             if self.exact is not None:
                 self.errors[name] = relative_errors(results, exact)
                 if not max(self.errors[name]) <= TOLERANCE[self.dtype]:
-                    raise AssertionError(f"{name} is wrong in {self.name}: relative errors {self.errors[name]}")
+                    reason = f"wrong in {self.name}: relative errors {', '.join(f'{e:.2g}' for e in self.errors[name])}"
+                    if name.startswith(OURS):
+                        raise AssertionError(f"{name} is {reason}")
+                    self.contenders[name] = Missing(reason)
             del results
         del exact
+        running: dict[str, Any] = {n: c for n, c in self.contenders.items() if not isinstance(c, Missing)}
         for name, contender in running.items():
             self.peak_bytes[name] = peak_extra_bytes(contender, self.device)
         self.seconds = interleaved({**running, **self.floors}, self.device, self.budget_seconds)

@@ -42,8 +42,8 @@ TRAIN = {
     "--clip 2": ("clip", 2.0),
     "--accumulation 4": ("accumulation", 4),
     "--slot-exponent 0.5": ("slot_exponent", 0.5),
-    "--bf16": ("bf16", True),
-    "--compile": ("compile", True),
+    "--bf16 True": ("bf16", True),
+    "--compile True": ("compile", True),
     "--activation-checkpointing": ("activation_checkpointing", True),
     "--device cpu": ("device", "cpu"),
     "--parallel ddp": ("parallel", "ddp"),
@@ -145,10 +145,12 @@ def test_every_setting_has_its_short_flag(command, flags):
 
 
 def test_booleans_can_be_switched_off_and_nones_be_named():
-    off = ["--no-bf16", "--no-compile", "--no-qk-norm", "--no-packed-documents", "--no-resume"]
-    found = settings(parse(["train", *off, "--no-activation-checkpointing", "--tokens", "None", "--minutes", "None"]))
+    off = ["--no-qk-norm", "--no-packed-documents", "--no-resume"]
+    found = settings(parse(["train", *off, "--no-activation-checkpointing", "--tokens", "None", "--minutes", "None",
+                            "--bf16", "False", "--compile", "None"]))  # fmt: skip
     assert not any(found[flag[5:].replace("-", "_")] for flag in off)
     assert found["tokens"] is None and found["minutes"] is None
+    assert found["bf16"] is False and found["compile"] is None
 
 
 def test_the_commands_have_their_own_defaults():

@@ -40,6 +40,7 @@ BUDGETS = {
     # 1.3M parameters on 2 cores. The minutes suffice for A, B and C with two seeds, tuning included.
     "cpu": Budget(
         TrainConfig(
+            run=RunConfig(bf16=False, compile=False),
             data=DataConfig(vocab_size=4096),
             model=ModelConfig("demo"),
             schedule=ScheduleConfig(tokens=1_376_256, batch_size=8, context=128),
@@ -179,7 +180,7 @@ class ExperimentConfig:
     """Runs that are made at the same time, each in a process; they share the threads. None: one run for each thread on
     a CPU, one on a GPU. What each of several runs prints is in its output.txt."""
     compile: bool | None = None
-    """Compile the model with torch.compile, once for each phase."""
+    """Compile the model's layers with torch.compile."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

@@ -84,6 +84,13 @@ class PatchLM(nn.Module):
         loss: Tensor = self.lm_head(hidden, target=target, reduction=reduction, target_weight=target_weight, **tied)
         return loss
 
+    def compile_layers(self) -> None:
+        """Compiles all layers into one graph, which serves every patch size at the same number of positions.
+
+        Embedding and loss stay outside of it: each is one operator, whatever compiles them.
+        """
+        self.model.through_layers = torch.compile(self.model.through_layers, dynamic=False)  # type: ignore[method-assign]
+
     def _shares_its_gradient(self) -> bool:
         """Whether the embedding hands its weight to the head. To hooks of others its output is a tensor as ever."""
         embedding, head = self.model.embed_tokens, self.lm_head
@@ -198,13 +205,18 @@ class Transformer(nn.Module):
         documents = None
         if document_ids is not None:
             documents = pack_documents(document_ids, self.config.attention, x.dtype, self.config.head_size)
+        out = self.through_layers(x, rotary, documents)
+        return (out, weight) if return_weight else out
+
+    def through_layers(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: PackedDocuments | None) -> Tensor:
+        """All layers and the norm after them. Shapes here depend on the number of positions alone, not on K."""
         for block in self.layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, documents, use_reentrant=False)
             else:
                 x = block(x, rotary, documents)
         out: Tensor = self.norm(x)
-        return (out, weight) if return_weight else out
+        return out
 
 
 class RMSNorm(nn.Module):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from tyro.conf import OmitArgPrefixes, arg
 
 from patchkernels.data.corpus import DataConfig
@@ -203,7 +204,7 @@ class LoopConfig:
     accumulation: int
     slot_exponent: float
     bf16: bool
-    compile: bool
+    compile: bool  # whether parts of the model are compiled; it is evaluated eagerly
     checkpoint: CheckpointConfig
     log: LogConfig
 
@@ -230,10 +231,10 @@ class RunConfig:
     """Number of parts that a step's rows are split into. They are computed one after the other, to save memory."""
     slot_exponent: float = 0.0
     """In a patch phase the loss is a weighted mean over the K slots: slot i weighs i^-slot_exponent. 0: all alike."""
-    bf16: bool = False
-    """Compute in bf16 under autocast; parameters stay in fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile, once for each phase."""
+    bf16: bool | None = None
+    """Compute in bf16 under autocast; parameters stay in fp32. None: on a GPU."""
+    compile: bool | None = None
+    """Compile the model's layers with torch.compile, once if all steps have equal positions. None: on a GPU."""
     device: str = "auto"
     """auto, cpu or cuda."""
     parallel: str = "fsdp"
@@ -282,6 +283,12 @@ class TrainConfig:
         self.optimizer.learning_rate()
         self.schedule.schedule(ENDLESS)
 
+    def on(self, device: torch.device) -> TrainConfig:
+        """The same, with the settings decided that depend on the device."""
+        gpu, run = device.type == "cuda", self.run
+        bf16, compiled = (gpu if setting is None else setting for setting in (run.bf16, run.compile))
+        return dataclasses.replace(self, run=dataclasses.replace(run, bf16=bf16, compile=compiled))
+
     def check_batch_size(self, processes: int = 1) -> None:
         """``ValueError`` if a step's rows cannot be divided evenly among all processes and their parts."""
         check_batch_size(self.schedule.batch_size, self.run.accumulation, processes)
@@ -294,8 +301,8 @@ class TrainConfig:
             self.optimizer.clip,
             self.run.accumulation,
             self.run.slot_exponent,
-            self.run.bf16,
-            self.run.compile,
+            bool(self.run.bf16),
+            bool(self.run.compile),
             self.checkpoint,
             self.log,
         )

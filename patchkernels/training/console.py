@@ -38,6 +38,7 @@ class Display:
         if "loss" in values:  # the values before the first step hold no training loss
             text += f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
             text += f"  {values['raw_tokens_per_second']:,.0f} raw tokens/s"
+            text += f"  MFU {values['mfu']:.1%}" if "mfu" in values else ""
         if "validation_loss" in values:
             text += f"  validation {values['validation_loss']:.4f}"
         self.say(text)

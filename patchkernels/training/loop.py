@@ -71,11 +71,13 @@ def take_step(run: Run, log: Log, display: Display) -> None:
 
     with run.timed():
         run.train_step(read_or_save(run))
+        evaluated = is_time_to_evaluate(run)
+        logged = evaluated or run.step % run.config.log.log_every == 0
+        result = run.result() if logged else {}
 
-    evaluated = is_time_to_evaluate(run)
     values = None
-    if evaluated or run.step % run.config.log.log_every == 0:
-        values = run.result() | run.progress() | (evaluate(run, patch_size) if evaluated else {})
+    if logged:
+        values = result | run.progress() | (evaluate(run, patch_size) if evaluated else {})
         log.write(**values)
     display.step(run.step, values)
 

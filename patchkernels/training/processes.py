@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,6 +83,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. A copy from the host to a GPU waits for nothing that the GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def environment(device: torch.device) -> Processes:
     """Reads the variables ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``, which torchrun sets.
 
@@ -149,18 +156,34 @@ def joined(processes: Processes) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def parallelize(model: nn.Module, blocks: nn.ModuleList, parallel: str, processes: Processes) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    parallel: str,
+    processes: Processes,
+    *,
+    bf16: bool = False,
+    compiled: bool = False,
+) -> nn.Module:
     """The module to call in place of the model. On one process it is the model itself.
 
     ``"fsdp"`` shards the model in place: each block is an FSDP unit, and all other parameters belong to the root unit.
-    ``"ddp"`` wraps the model.
+    With ``bf16`` the parameters are gathered in bf16, and the gradients summed in fp32. ``"ddp"`` wraps the model. In
+    both modes each block is ``compiled`` by itself: one graph of all blocks would give all gradients at its end, so
+    that none could be exchanged while others are computed.
     """
     if processes.world_size == 1:
         return model
-    if parallel == "fsdp":
+    if compiled:
         for block in blocks:
-            fully_shard(block)
-        fully_shard(model)
+            block.compile(dynamic=False)
+    if parallel == "fsdp":
+        # Inputs keep their dtypes: the residual stream has autocast's, and the rotary table stays in fp32.
+        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if bf16 else {}
+        policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids)

@@ -30,7 +30,8 @@ from patchkernels.training.checkpoint import (
 )
 from patchkernels.training.config import LoopConfig
 from patchkernels.training.objective import Objective, synchronizing_module, unwrapped
-from patchkernels.training.processes import Processes, is_sharded, synchronized
+from patchkernels.training.processes import Processes, is_sharded, synchronized, to_device
+from patchkernels.training.speed import peak_flops, speed
 from patchkernels.training.stop import StopRequest
 from patchkernels.training.update import update
 
@@ -86,7 +87,7 @@ class Run:
         self.out, self.config, self.identity = out, config, identity
         self.processes, self.device, self.stop = processes, processes.device, stop
         self.model, self.parallel_model = unwrapped(model), synchronizing_module(model)
-        self.compiled_model: Any = torch.compile(model, dynamic=False) if config.compile else model
+        self.compiled_model = model  # by the caller, perhaps
         self.objective = Objective(self.model)
         self.optimizers, self.warms_up = list(optimizers), warms_up
         self.parameters = list(self.model.parameters())
@@ -98,8 +99,9 @@ class Run:
         self.batches, self.schedule, self.held_out = batches, schedule, held_out
         self.step_flops, self.bytes_per_token = step_flops, bytes_per_token
         self.step = 0  # optimizer steps done so far
-        self.step_seconds = 0.0  # duration of the last step
         self.seconds = 0.0  # duration of all steps, without compiling, evaluation and saving
+        self.measured = (0, 0.0)  # steps and seconds at the last measurement of the speed
+        self.peak_flops = peak_flops(self.device)
         self.compile_seconds = 0.0
         self.warm_phases: set[int] = set()
         self.read_result: Callable[[], list[float]] | None = None  # of the last step, if that is not read yet
@@ -160,16 +162,15 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Records the duration of the block as that of one training step."""
+        """Counts the duration of the block as training."""
         began = time.perf_counter()
         yield
-        self.step_seconds = time.perf_counter() - began
-        self.seconds += self.step_seconds
+        self.seconds += time.perf_counter() - began
 
     def read(self) -> list[Rows]:
         """The rows of this process for the next step, split into ``accumulation`` parts."""
         count = self.config.accumulation
-        tensors = [None if t is None else t.to(self.device) for t in self.batches.batch(self.step)]
+        tensors = [None if t is None else to_device(t, self.device) for t in self.batches.batch(self.step)]
         return list(zip(*([None] * count if t is None else t.chunk(count) for t in tensors)))
 
     def train_step(self, parts: list[Rows]) -> None:
@@ -257,10 +258,12 @@ class Run:
         compiled: bool = True,
     ) -> Tensor:
         """The model's loss on these rows, under autocast if the run computes in bf16."""
-        module: nn.Module = self.compiled_model if compiled else self.parallel_model
+        module = self.compiled_model if compiled else self.parallel_model
         weighs = self.config.slot_exponent and patch_size > 1 and reduction == "mean"
         weight = self.slot_weight(patch_size) if weighs else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        uncompiled = self.config.compile and not compiled
+        stance = torch.compiler.set_stance("force_eager") if uncompiled else contextlib.nullcontext()
+        with stance, torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
             return self.objective(module, ids, labels, patch_size, reduction, documents, weight)
 
     def flops(self) -> int:
@@ -270,7 +273,7 @@ class Run:
         return sum(steps * flops for steps, flops in zip(done, self.step_flops or []))
 
     def progress(self) -> dict[str, Any]:
-        """Step, phase, raw tokens, FLOPs and seconds of the run so far; after a step also the speed of that step."""
+        """Step, phase, raw tokens, FLOPs and seconds of the run so far, and the speed since the last call."""
         index = self.schedule.locate(max(self.step - 1, 0))[0]
         phase, raw_tokens = self.schedule.phases[index], self.schedule.raw_tokens(self.step)
         values = {
@@ -278,12 +281,13 @@ class Run:
             **({"flops": self.flops()} if self.step_flops else {}), "seconds": self.seconds,
             **({"compile_seconds": self.compile_seconds} if self.warms_up else {}),
         }  # fmt: skip
-        if self.step > 0:
-            row_count, seconds = self.schedule.batch_size, self.step_seconds
-            values |= {
-                "raw_tokens_per_second": row_count * self.schedule.row_tokens(phase) / seconds,
-                "positions_per_second": row_count * self.schedule.positions(phase) / seconds,
-            }
+        steps, seconds = self.step - self.measured[0], self.seconds - self.measured[1]
+        if steps:
+            values |= speed(self.schedule, phase, steps / seconds)
+            if self.step_flops and self.peak_flops:
+                achieved = self.step_flops[index] * steps / seconds
+                values["mfu"] = achieved / (self.peak_flops * self.processes.world_size)
+        self.measured = (self.step, self.seconds)
         return values
 
     def save(self) -> None:
@@ -308,7 +312,7 @@ class Run:
             raise ValueError(f"the checkpoint {checkpoint} is of another configuration ({changes})")
         load_checkpoint(checkpoint, self.model, self.optimizers)
         self.step, self.seconds = state["step"], state["seconds"]
-        self.compile_seconds = state["compile_seconds"]
+        self.compile_seconds, self.measured = state["compile_seconds"], (self.step, self.seconds)
 
 
 def changes_of(name: Any, saved: Any, current: Any) -> Iterator[str]:

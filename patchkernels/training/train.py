@@ -50,6 +50,7 @@ def train(config: TrainConfig) -> Path:
     config.check()
     stop = StopRequest(config.run.minutes)
     processes = environment(choose_device(config.run.device))
+    config = config.on(processes.device)
     config.check_batch_size(processes.world_size)
     document_multiple = config.document_multiple()
     dtype = torch.bfloat16 if config.run.bf16 else torch.float32
@@ -85,7 +86,12 @@ def prepare_run(config: TrainConfig, corpus: Corpus, processes: Processes, stop:
     )
     torch.manual_seed(seed)  # the same weights in every process
     model = PatchLM(architecture).to(processes.device)
-    parallel_model = parallelize(model, model.model.layers, config.run.parallel, processes)
+    bf16, compiled = bool(config.run.bf16), bool(config.run.compile)
+    if compiled and processes.world_size == 1:
+        model.compile_layers()
+    parallel_model = parallelize(
+        model, model.model.layers, config.run.parallel, processes, bf16=bf16, compiled=compiled
+    )
     torch.manual_seed(seed + 1 + processes.rank)
     held_out = validation_rows(corpus.validation, context, config.log.eval_rows)
     return Run(

@@ -103,15 +103,18 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert run("bench.report", tmp_path / "nothing.json").returncode == 1
 
 
-def test_a_wrong_contender_is_an_error():
+def test_a_wrong_result_is_an_error_if_it_is_ours_and_else_not_timed():
     import torch
 
     from bench.compare import Comparison
 
     right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.ones(3) * 1.01])
     settings = {"operator": "o", "case": "c", "shape": {}, "dtype": torch.float32, "device": torch.device("cpu")}
-    with pytest.raises(AssertionError, match="wrong is wrong"):
-        Comparison(**settings, contenders={"right": right, "wrong": wrong}, exact=right).run()
+    with pytest.raises(AssertionError, match=r"patchkernels, compiled is wrong in o, c, , float32: .* 0\.01"):
+        Comparison(**settings, contenders={"right": right, "patchkernels, compiled": wrong}, exact=right).run()
+    found = Comparison(**settings, contenders={"right": right, "peer": wrong}, exact=right, budget_seconds=0.0).run()
+    assert found.missing == {"peer": "wrong in o, c, , float32: relative errors 0.01"}
+    assert "right" in found.seconds and "peer" not in found.seconds
 
 
 def test_peak_memory_is_what_the_docstring_says():

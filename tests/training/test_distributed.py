@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from distributed import run
 from small_runs import TIMES, changed, final_weights, small_run
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from patchkernels.data.batches import Batches
 from patchkernels.model.config import PRESETS
+from patchkernels.model.patch_lm import Block
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.config import TrainConfig
 from patchkernels.training.log import read_log
@@ -62,6 +64,14 @@ def train_in_processes(config, resumed=False):
     train(changed(config, resume=resumed))
 
 
+def train_compiled_in_processes(config):
+    """Returns how many graphs were compiled."""
+    graphs, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
+    torch.compile = lambda module, **options: compiled(module, backend=graphs, **options)
+    train_in_processes(changed(config, compile=True))
+    return graphs.frame_count
+
+
 def assert_same(run_a, run_b):
     """Asserts that logs and weights are the same up to rounding."""
     a, b = read_log(run_a / "log.jsonl"), read_log(run_b / "log.jsonl")
@@ -90,6 +100,44 @@ def test_the_run_of_two_processes(config, settings, tmp_path):
     one = train(changed(config, out=str(tmp_path / "one")))
     run(train_in_processes, 2, changed(config, out=str(tmp_path / "two")))
     assert_same(tmp_path / "two", one)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_blocks_are_compiled_once(config, parallel, tmp_path):
+    """One graph for all blocks and both patch sizes; evaluation runs eagerly."""
+    one = train(changed(config, out=str(tmp_path / "one")))
+    two = changed(config, out=str(tmp_path / "two"), parallel=parallel)
+    assert run(train_compiled_in_processes, 2, two) == [1, 1]
+    assert_same(tmp_path / "two", one)
+
+
+def dtypes_in_a_step(config):
+    """The dtypes of the parameters in a forward, and of the gradients that the optimizer gets."""
+    used, summed, step = set(), set(), torch.optim.AdamW.step
+    PRESETS.update(SMALL)
+
+    def forward(self, x, *arguments):
+        if x.device.type == "cpu":  # not where FLOPs are counted
+            used.update({x.dtype, *(p.dtype for p in self.parameters())})
+        return block_forward(self, x, *arguments)
+
+    def optimizer_step(self):
+        summed.update(p.grad.dtype for group in self.param_groups for p in group["params"])
+        return step(self)
+
+    block_forward, Block.forward = Block.forward, forward
+    torch.optim.AdamW.step = optimizer_step
+    train(config)
+    return used, summed
+
+
+def test_bf16_shards_are_gathered_in_bf16_and_summed_in_fp32(config, tmp_path):
+    config = changed(config, bf16=True)
+    one = train(changed(config, out=str(tmp_path / "one")))
+    two = tmp_path / "two"
+    assert run(dtypes_in_a_step, 2, changed(config, out=str(two))) == [({torch.bfloat16}, {torch.float32})] * 2
+    losses = [[line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line] for folder in (one, two)]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=5e-3, atol=0)
 
 
 def test_checkpoints_load_on_another_number_of_processes(config, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import TINY, changed, untimed_log
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from patchkernels.data.corpus import prepare
 from patchkernels.model.cost import count_flops
@@ -155,11 +156,13 @@ def test_epochs(config):
 
 
 def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend="aot_eager", **o))
+    """One graph serves both patch sizes, so that the switch compiles nothing."""
+    graphs, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend=graphs, **o))
     a = train(config)
     b = train(changed(config, compile=True, out=str(tmp_path / "compiled")))
     assert [x["loss"] for x in untimed_log(a)[1:]] == pytest.approx([x["loss"] for x in untimed_log(b)[1:]], rel=1e-4)
+    assert graphs.frame_count == 1
 
 
 def test_a_folder_that_holds_a_run_or_none(config, tmp_path):
