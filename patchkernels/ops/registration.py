@@ -51,9 +51,17 @@ def operator(schema: str) -> Callable[[Body], Body]:
             _library.impl(name, run, "CompositeExplicitAutograd")
         BODIES[qualified] = body
         registered = getattr(torch.ops.patchkernels, name)
+        types = [str(argument.type) for argument in registered.default._schema.arguments]
+        floats = [place for place, kind in enumerate(types) if kind in ("float", "Optional[float]")]
 
         def call(*arguments: Any) -> Any:
-            return registered(*arguments) if _is_watched(arguments) else run(*arguments)
+            if _is_watched(arguments):
+                return registered(*arguments)
+            given = list(arguments)
+            for place in floats:  # as the dispatcher would; kernels are compiled anew for integers
+                if given[place] is not None:
+                    given[place] = float(given[place])
+            return run(*given)
 
         return cast(Body, functools.wraps(body)(call))
 

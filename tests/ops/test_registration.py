@@ -392,6 +392,19 @@ def test_tensors_that_are_negated_or_zero_by_a_flag(backend):
         assert torch.equal(ours, patch_cross_entropy(plain, target, backend=backend))
 
 
+def test_options_that_are_integers_reach_the_kernels_as_floats(monkeypatch):
+    from patchkernels.eager import cross_entropy
+
+    seen, loss = [], cross_entropy.loss_and_gradient
+    monkeypatch.setattr(
+        cross_entropy, "loss_and_gradient", lambda z, t, c, options: seen.append(options) or loss(z, t, c, options)
+    )
+    z, target = torch.randn(3, 30, requires_grad=True), torch.randint(0, 30, (3, K))
+    patch_cross_entropy(z, target, label_smoothing=0, softcap=30, z_loss_weight=1, backend="eager")
+    assert seen == [(-100, 0.0, 30.0, 1.0)]
+    assert [type(option) for option in seen[0]] == [int, float, float, float]
+
+
 def test_flops_are_three_products_and_do_not_depend_on_patch_size():
     n, d, v = 12, 8, 30
     x, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
