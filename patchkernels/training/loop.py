@@ -60,8 +60,8 @@ def loop(
             stop_if_asked(run, display)
 
         finish(run, display)
-        if run.stop.received:  # the signal came too late to stop this run, so it stops the caller
-            raise Stopped(run.stop.received)
+        if run.stop.signalled or run.stop.received:  # too late to stop this run, so that it stops the caller
+            raise Stopped(run.stop.code or run.stop.received)
 
 
 def take_step(run: Run, log: Log, display: Display) -> None:
