@@ -87,3 +87,24 @@ def memory_bytes(
         "activations": activations // tensor_parallel,
         "logits, head in bf16": min(logits, LOGITS_BYTES["cuda"]) + head,
     }
+
+
+def wire_bytes(config: PatchLMConfig, shards: int, replicas: int = 1) -> dict[str, int]:
+    """Bytes that one GPU receives in a step with FSDP2, for parameters in bf16 and sums of gradients in fp32.
+
+        gathers          2 (2 N_b + N_r) (S - 1) / S        blocks are gathered forward and backward, the root once
+        sums in shards   4 (N_b + N_r) (S - 1) / S
+        over replicas    4 (N_b + N_r) / S  2 (R - 1) / R   ring all-reduce of the shards of gradients
+
+    N_b is the number of parameters in blocks, N_r that in the root (embedding, last norm and head), S = ``shards`` and
+    R = ``replicas`` the number of groups of S GPUs. Every part of ``accumulation`` gathers anew.
+    """
+    with torch.device("meta"):
+        model = PatchLM(config)
+    parameters, in_blocks = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers))
+    others, other_replicas = (shards - 1) / shards, 2 * (replicas - 1) / replicas
+    return {
+        "gathers": int(2 * (parameters + in_blocks) * others),
+        "sums in shards": int(4 * parameters * others),
+        **({"over replicas": int(4 * parameters / shards * other_replicas)} if replicas > 1 else {}),
+    }

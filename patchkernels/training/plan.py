@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import OmitArgPrefixes
 
-from patchkernels.model.cost import count_flops, count_parameters, memory_bytes, step_flops
+from patchkernels.model.cost import count_flops, count_parameters, memory_bytes, step_flops, wire_bytes
 from patchkernels.training.config import ModelConfig, ScheduleConfig, check_at_least_one
 from patchkernels.training.evidence import statement
 
@@ -59,6 +59,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     config.check()
     schedule, context = config.schedule.schedule(), config.schedule.context
     model = config.model.architecture(max_position_embeddings=context)
+    is_sharded_alone = config.shards > 1 and config.tensor_parallel == 1
     flops_per_hour = config.tflops * 1e12 * config.gpus * 3600
     rows: list[dict[str, Any]] = []
     for phase, steps, flops in zip(schedule.phases, schedule.steps, step_flops(model, schedule)):
@@ -80,6 +81,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "parameters": (parameters := count_parameters(model)),
         "tokens_per_parameter": raw_tokens / parameters,
         "memory_bytes": memory_bytes(model, config.rows_per_gpu, context, config.shards, config.tensor_parallel),
+        "wire_bytes": wire_bytes(model, config.shards, config.gpus // config.shards) if is_sharded_alone else {},
     }
 
 
@@ -99,5 +101,8 @@ def print_plan(config: PlanConfig) -> None:
     parts = result["memory_bytes"]
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     console.print(f"Memory, estimated: {sum(parts.values()) / 2**30:.2f} GiB a GPU ({listed}).")
+    if received := result["wire_bytes"]:
+        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in received.items())
+        console.print(f"A GPU receives {sum(received.values()) / 1e9:.2f} GB a step ({listed}), whatever its rows.")
     if any(row["patch_size"] > 1 for row in result["phases"]):
         console.print(statement(result["parameters"], result["tokens_per_parameter"]))
