@@ -7,6 +7,7 @@ QK-norm those of ``Qwen3ForCausalLM``). The patch size is an argument of the cal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class PatchLM(nn.Module):
 
         Embedding and loss stay outside of it: each is one operator, whatever compiles them.
         """
-        self.model.through_layers = torch.compile(self.model.through_layers, dynamic=False)  # type: ignore[method-assign]
+        self.model.compiles_layers = True
 
     def _shares_its_gradient(self) -> bool:
         """Whether the embedding hands its weight to the head. To hooks of others its output is a tensor as ever."""
@@ -194,6 +195,7 @@ class Transformer(nn.Module):
         self.embed_tokens = PatchEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiles_layers = False
 
     def forward(
         self, input_ids: Tensor, patch_size: int, document_ids: Tensor | None, return_weight: bool = False
@@ -205,7 +207,8 @@ class Transformer(nn.Module):
         documents = None
         if document_ids is not None:
             documents = pack_documents(document_ids, self.config.attention, x.dtype, self.config.head_size)
-        out = self.through_layers(x, rotary, documents)
+        through_layers = compiled_layers() if self.compiles_layers else Transformer.through_layers
+        out = through_layers(self, x, rotary, documents)
         return (out, weight) if return_weight else out
 
     def through_layers(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: PackedDocuments | None) -> Tensor:
@@ -217,6 +220,12 @@ class Transformer(nn.Module):
                 x = block(x, rotary, documents)
         out: Tensor = self.norm(x)
         return out
+
+
+@functools.cache
+def compiled_layers() -> Any:
+    """The function for all models, so that a copy of a model calls its own layers."""
+    return torch.compile(Transformer.through_layers, dynamic=False)
 
 
 class RMSNorm(nn.Module):

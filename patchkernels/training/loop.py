@@ -61,7 +61,7 @@ def loop(
 
         finish(run, display)
         if run.stop.signalled or run.stop.received:  # too late to stop this run, so that it stops the caller
-            raise Stopped(run.stop.code or run.stop.received)
+            raise Stopped(run.stop.received or run.stop.code)
 
 
 def take_step(run: Run, log: Log, display: Display) -> None:
@@ -73,7 +73,7 @@ def take_step(run: Run, log: Log, display: Display) -> None:
         run.train_step(read_or_save(run))
         evaluated = is_time_to_evaluate(run)
         logged = evaluated or run.step % run.config.log.log_every == 0
-        result = run.result() if logged else {}
+        result = run.result() if logged or is_time_to_save(run) else {}
 
     values = None
     if logged:

@@ -42,6 +42,14 @@ class Processes:
         if self.world_size > 1 and not self.local_rank:
             dist.barrier()
 
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes, without waiting for a GPU."""
+        if self.world_size > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
     def mean(self, *values: Tensor) -> list[float]:
         """Averages each scalar over all processes, in fp64, with one all-reduce and one copy to the host for all."""
         return self.mean_later(*values)()

@@ -192,7 +192,8 @@ class Run:
                 loss.backward()
             total += loss.detach()
         self.result()
-        gradient_norm = update(self.optimizers, self.trained, self.config.clip)
+        total = self.processes.average(total)
+        gradient_norm = update(self.optimizers, self.trained, self.config.clip, total)
         flags = [torch.tensor(flag) for flag in self.stop.flags()]
         self.read_result = self.processes.mean_later(total, gradient_norm, *flags)
         self.clear_gradients()

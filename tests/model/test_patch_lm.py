@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -146,6 +148,25 @@ def test_compiles_and_a_phase_switch_costs_one_recompile(options):
         ids = torch.randint(0, 67, (2, 16 * patch_size))
         torch.testing.assert_close(compiled(ids, ids, patch_size), model(ids, ids, patch_size))
         assert counter.frame_count == count
+
+
+def test_a_copy_of_a_compiled_model_has_its_own_layers(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend="eager", **options))
+    model_module.compiled_layers.cache_clear()
+    model, ids = build(), torch.randint(0, 67, (1, 8))
+    expected = model(ids, ids)
+    model.compile_layers()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    torch.testing.assert_close(model(ids, ids), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    loss = copied(ids, ids)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    model_module.compiled_layers.cache_clear()
 
 
 def test_attention_runs_in_autocasts_dtype(monkeypatch):

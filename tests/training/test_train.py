@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from patchkernels.data.corpus import prepare
 from patchkernels.model.cost import count_flops
+from patchkernels.model.patch_lm import compiled_layers
 from patchkernels.training.checkpoint import checkpoints
 from patchkernels.training.log import read_log
 from patchkernels.training.processes import environment
@@ -157,12 +158,14 @@ def test_epochs(config):
 
 def test_compiled_run_is_the_eager_one(config, tmp_path, monkeypatch):
     """One graph serves both patch sizes, so that the switch compiles nothing."""
+    compiled_layers.cache_clear()
     graphs, compiled = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **o: compiled(model, backend=graphs, **o))
     a = train(config)
     b = train(changed(config, compile=True, out=str(tmp_path / "compiled")))
     assert [x["loss"] for x in untimed_log(a)[1:]] == pytest.approx([x["loss"] for x in untimed_log(b)[1:]], rel=1e-4)
     assert graphs.frame_count == 1
+    compiled_layers.cache_clear()
 
 
 def test_a_folder_that_holds_a_run_or_none(config, tmp_path):
