@@ -68,6 +68,27 @@ def test_a_call_has_its_number_of_threads(tmp_path):
     assert (tmp_path / OUTPUT_FILE).read_text() == "3\n"
 
 
+@pytest.mark.parametrize("before", ["nothing", "a stop"])
+def test_a_signal_at_any_time_stops(tmp_path, before):
+    """While the last result is taken, and after another run has stopped for lack of time: it goes to those that run."""
+
+    def finished(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    last = Call(tmp_path / "last", print, tuple)
+    calls = [last]
+    if before == "a stop":
+        stopping = Call(tmp_path / "stop", exec, lambda: (f"raise SystemExit({OUT_OF_TIME})",))
+        calls = [stopping, Call(tmp_path / "long", time.sleep, lambda: (600,)), last]
+    began = time.monotonic()
+    if before == "a stop":
+        threading.Timer(12.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Stopped) as stopped:
+        side_by_side(calls, finished)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 300
+
+
 @pytest.mark.parametrize("end", ["failure", "error in finished"])
 def test_when_one_fails_the_others_are_stopped(tmp_path, end):
     def finished(folder):
