@@ -96,10 +96,10 @@ def add_gradient_(
 def _add_slots_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int | None) -> None:
     """Slot by slot, in the dtype of ``total``."""
     kept = None if padding_idx is None else total[padding_idx].clone()
-    source, patch_size = grad.to(total.dtype), ids.shape[1]
-    if padding_idx is not None and patch_size > 1:
-        source = source * inverse_counts(ids, padding_idx, total.dtype).unsqueeze(1)
-    alpha = 1 / patch_size if padding_idx is None else 1
+    if padding_idx is None:  # every patch has K tokens
+        source, alpha = grad.to(total.dtype), 1 / ids.shape[1]
+    else:
+        source, alpha = _scaled(grad, ids, padding_idx, total.dtype), 1
     for slot in ids.clamp(0, len(total) - 1).T:
         total.index_add_(0, slot, source, alpha=alpha)
     if kept is not None:
@@ -115,14 +115,11 @@ def _sums_of_rows(
     """The gradient of the rows of the table that have one, some at a time, so that no fp32 copy of it is needed."""
     if not grad.numel():
         return
-    flat, patch_size = ids.reshape(-1), ids.shape[1]
-    scaled = grad.to(torch.float32)
-    if patch_size > 1:
-        scaled = scaled * inverse_counts(ids, padding_idx, torch.float32).unsqueeze(1)
+    flat, scaled = ids.reshape(-1), _scaled(grad, ids, padding_idx, torch.float32)
     ordered, order = (flat if padding_idx is None else flat.masked_fill(flat == padding_idx, vocab)).sort(stable=True)
     found, counts = torch.unique_consecutive(ordered, return_counts=True)
     found = found[: len(found) - int(found[-1] == vocab)].long()  # without padding
-    patches, edges = order // patch_size, F.pad(counts.cumsum(0), (1, 0))
+    patches, edges = order // ids.shape[1], F.pad(counts.cumsum(0), (1, 0))
     block, add = max(1, BLOCK_BYTES // (4 * grad.shape[1])), 0
     for start in range(0, len(found), block):
         rows = found[start : start + block]
@@ -130,3 +127,9 @@ def _sums_of_rows(
         begin, end = int(first[0]), int(first[-1])
         first = first[:-1] - begin
         yield rows, torch.embedding_bag(scaled, patches[begin:end], first, False, add, False, None, False)[0]
+
+
+def _scaled(grad: Tensor, ids: Tensor, padding_idx: int | None, dtype: torch.dtype) -> Tensor:  # (N, D)
+    """The gradient of each of a patch's embeddings."""
+    scaled = grad.to(dtype)
+    return scaled if ids.shape[1] == 1 else scaled * inverse_counts(ids, padding_idx, dtype).unsqueeze(1)

@@ -55,7 +55,7 @@ def call_side_by_side(calls: Sequence[Call], jobs: int, threads: int, finished: 
                     process.start()
                     running[process.sentinel] = (process, call.folder)
                 ended = multiprocessing.connection.wait(list(running), timeout=1.0)
-                stop.code = stop.received or stop.code
+                stop.code = stop.exit_code
                 for sentinel in ended:
                     process, folder = running.pop(sentinel)
                     process.join()
@@ -76,8 +76,8 @@ def call_side_by_side(calls: Sequence[Call], jobs: int, threads: int, finished: 
     if failed:
         lines = (failed / OUTPUT_FILE).read_text().splitlines()
         raise RuntimeError(f"{failed.name} failed: " + " / ".join(lines[-SHOWN_LINES:]))
-    if stop.received or stop.code:
-        raise Stopped(stop.received or stop.code)
+    if stop.exit_code:
+        raise Stopped(stop.exit_code)
 
 
 def _tell_to_stop(running: dict[Any, tuple[Any, Path]]) -> None:

@@ -14,9 +14,7 @@ from patchkernels.schedule import Schedule
 
 def count_parameters(config: PatchLMConfig) -> int:
     """The parameters of a model, counted without allocating it."""
-    with torch.device("meta"):
-        model = PatchLM(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return _parameters(config)[0]
 
 
 def count_flops(config: PatchLMConfig, rows: int, positions: int, patch_size: int) -> int:
@@ -68,9 +66,7 @@ def memory_bytes(
     A patch phase with as many positions per step needs the same. With as many raw tokens per step, its activations take
     1/K of this.
     """
-    with torch.device("meta"):
-        model = PatchLM(config)
-    parameters, in_layers = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers))
+    parameters, in_layers = _parameters(config)
     layers = config.num_hidden_layers
     queries, keys = config.num_attention_heads * config.head_size, config.key_value_heads * config.head_size
     layer = 2 * (10 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size) * rows * positions
@@ -99,12 +95,18 @@ def wire_bytes(config: PatchLMConfig, shards: int, replicas: int = 1) -> dict[st
     N_b is the number of parameters in blocks, N_r that in the root (embedding, last norm and head), S = ``shards`` and
     R = ``replicas`` the number of groups of S GPUs. Every part of ``accumulation`` gathers anew.
     """
-    with torch.device("meta"):
-        model = PatchLM(config)
-    parameters, in_blocks = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers))
+    parameters, in_blocks = _parameters(config)
     others, other_replicas = (shards - 1) / shards, 2 * (replicas - 1) / replicas
     return {
         "gathers": int(2 * (parameters + in_blocks) * others),
         "sums in shards": int(4 * parameters * others),
         **({"over replicas": int(4 * parameters / shards * other_replicas)} if replicas > 1 else {}),
     }
+
+
+def _parameters(config: PatchLMConfig) -> tuple[int, int]:
+    """The number of all parameters, and of those in the layers."""
+    with torch.device("meta"):
+        model = PatchLM(config)
+    everything, in_layers = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers))
+    return everything, in_layers

@@ -11,13 +11,13 @@ writes are the caller's to wait for, as with every operator of PyTorch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-Body = TypeVar("Body", bound=Callable[..., Any])
+from patchkernels.ops.registration import Body
 
 # Bytes of logits that are held at a time. Where all fit, the head's gradient is one product. Else it is a sum in fp32,
 # which is read and written once for every chunk of rows. A loss without gradients has no such sum: smaller chunks.

@@ -61,7 +61,7 @@ def loop(
 
         finish(run, display)
         if run.stop.signalled or run.stop.received:  # too late to stop this run, so that it stops the caller
-            raise Stopped(run.stop.received or run.stop.code)
+            raise Stopped(run.stop.exit_code)
 
 
 def take_step(run: Run, log: Log, display: Display) -> None:

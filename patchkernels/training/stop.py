@@ -61,6 +61,11 @@ class StopRequest:
             self.code = self.received or 128 + signal.SIGTERM if signalled else OUT_OF_TIME if late else 0
 
     @property
+    def exit_code(self) -> int:
+        """That of the signal which this process has received, or else of the agreed stop; 0 if there is neither."""
+        return self.received or self.code
+
+    @property
     def signalled(self) -> bool:
         return self.code not in (0, OUT_OF_TIME)
 
